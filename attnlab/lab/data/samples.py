@@ -87,7 +87,7 @@ class Samples(Dataset):
         """The samples at `indices` (a list, a tensor or a slice) as one dict of `(B, …)` tensors."""
         if not isinstance(indices, slice):
             indices = torch.as_tensor(indices, dtype=torch.long, device=self.device)
-        batch = {key: _given(key, value[indices]) for key, value in self.tensors.items()}
+        batch = {key: given(key, value[indices]) for key, value in self.tensors.items()}
         return self.derive(batch) if self.derive else batch
 
     def to(self, device: torch.device | str) -> "Samples":
@@ -98,7 +98,7 @@ class Samples(Dataset):
         )
 
 
-def _given(key: str, value: Tensor) -> Tensor:
+def given(key: str, value: Tensor) -> Tensor:
     """From the stored form to the given one: bytes to unit floats, small integers to int64."""
     if key in UNIT and value.dtype == torch.uint8:
         return value.float().div_(255)
