@@ -1,0 +1,73 @@
+"""What `make lab`, `make test` and their sisters run, each with the Python of `.venv`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import venv_setup
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LINT = [["-m", "ruff", "check", "."], ["-m", "ruff", "format", "--check", "."]]
+TESTS = ["-m", "pytest", "--nbval", "--nbval-current-env", "tests", "chapters"]
+ATTNLAB = ["-c", "import sys; from attnlab.cli import main; sys.exit(main())"]
+
+COMMANDS = {
+    "setup": [],
+    "lab": [["-m", "jupyterlab", "chapters/00_start_here.ipynb"]],
+    "test": [*LINT, TESTS],
+    "lint": LINT,
+    "format": [["-m", "ruff", "check", "--fix", "."], ["-m", "ruff", "format", "."]],
+    "chapters": [["scripts/build_chapters.py"]],
+    "results": [[*ATTNLAB, "results"]],
+    "doctor": [[*ATTNLAB, "doctor"]],
+    "bench": [[*ATTNLAB, "bench"]],
+}
+
+
+def command_lines(name: str, extra: list[str]) -> list[list[str]]:
+    """Return the argument lists that `name` runs in turn; `extra` goes to the last of them."""
+    if name == "lab" and hasattr(os, "geteuid") and os.geteuid() == 0:
+        extra = ["--allow-root", *extra]  # root is all that a container has; Jupyter wants it said
+    *first, last = COMMANDS[name] or [[]]
+    return [*first, [*last, *extra]] if last else []
+
+
+def activated(python: Path) -> dict[str, str]:
+    """Return this process's environment with `.venv` activated, and two threads by default."""
+    env = venv_setup.isolated()
+    env["VIRTUAL_ENV"] = str(python.parent.parent)
+    env["PATH"] = os.pathsep.join([str(python.parent), env.get("PATH", os.defpath)])
+    # The chapters' saved outputs were made with two threads; more change the last digits.
+    env.setdefault("OMP_NUM_THREADS", "2")
+    return env
+
+
+def run(commands: list[list[str]], env: dict[str, str]) -> int:
+    """Run commands until one fails; the last one takes this process over, and so its signals."""
+    for command in commands:
+        if command is commands[-1] and os.name == "posix":
+            sys.stdout.flush()
+            os.execve(command[0], command, env)
+        if code := subprocess.call(command, env=env):
+            return code
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Set up what is missing, then run the command named first with the other arguments."""
+    name, *extra = arguments or ["help"]
+    if name not in COMMANDS:
+        print(f"usage: python scripts/bootstrap.py {{{','.join(COMMANDS)}}} [arguments]")
+        return 0 if name in ("help", "-h", "--help") else 2
+    os.chdir(ROOT)
+    try:
+        python = venv_setup.ensure(ROOT)
+        return run([[str(python), *line] for line in command_lines(name, extra)], activated(python))
+    except venv_setup.SetupError as problem:
+        print(f"\nThe set-up of attnlab stopped. {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command again carries on or mends it.", file=sys.stderr)
+        return 130
