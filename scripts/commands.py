@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LINT = [["-m", "ruff", "check", "."], ["-m", "ruff", "format", "--check", "."]]
 TESTS = ["-m", "pytest", "--nbval", "--nbval-current-env", "tests", "chapters"]
-ATTNLAB = ["-c", "import sys; from attnlab.cli import main; sys.exit(main())"]
+ATTNLAB = ["-m", "attnlab_command"]
 
 COMMANDS = {
     "setup": [],

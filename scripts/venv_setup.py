@@ -148,6 +148,8 @@ def build(root: Path, lock: IO, *, afresh: bool) -> None:
     install = [python, "-m", "pip", "install"]
     binary = [*install, "--only-binary=:all:", "-r", str(requirements)]
     run_logged(binary, venv, lock, progress(number))
+    if sys.stdout.isatty():
+        print()
     run_logged([*install, "--no-deps", "--no-build-isolation", "-e", str(root)], venv, lock)
     shutil.rmtree(venv / "tmp", ignore_errors=True)
     write_stamp(venv, wanted_stamp(root, version_of(Path(python))))
@@ -161,6 +163,8 @@ def empty(venv: Path) -> None:
     venv.mkdir(exist_ok=True)
     if any(venv.iterdir()):
         print("The .venv that is here is half made or no longer fits; replacing it.", flush=True)
+    # Its Python goes first: a half-emptied .venv that still ran would look like a sound one.
+    python_of(venv.parent).unlink(missing_ok=True)
     for entry in venv.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -268,26 +272,24 @@ def run_logged(
 
 def progress(total: int) -> Callable[[str], None]:
     """Return a function that shows pip's lines as one changing line, on a terminal only."""
-    seen = {"Collecting": 0, "Downloading": 0}
+    collected = 0
     started = time.monotonic()
 
     def report(line: str) -> None:
-        nonlocal total
-        verb, _, rest = line.strip().partition(" ")
+        nonlocal total, collected
+        verb = line.strip().partition(" ")[0]
         if verb == "Ignoring":
             total -= 1  # a package for another system
-        if verb == "Installing":
-            text = "unpacking: the long last step"
-        elif verb in seen and ".metadata" not in rest:
-            seen[verb] += 1
-            text = f"{verb.lower()} {seen[verb]} of {total}: {rest.partition(' (from')[0]}"
-        else:
+        elif verb in ("Collecting", "Processing", "Requirement"):
+            collected += 1
+        elif verb not in ("Downloading", "Installing"):
             return
+        # "Collecting numpy==2.4.6 (from …", "Requirement already satisfied: numpy in …"
+        what = "Unpacking" if verb == "Installing" else re.split(r" \(from | in ", line.strip())[0]
         minutes, seconds = divmod(int(time.monotonic() - started), 60)
+        text = f"  {minutes}:{seconds:02d}  {collected} of {total}  {what}"
         width = shutil.get_terminal_size().columns - 1
-        print(f"\r{f'  {minutes}:{seconds:02d}  {text}':{width}.{width}}", end="", flush=True)
-        if verb == "Installing":
-            print()
+        print(f"\r{text:{width}.{width}}", end="", flush=True)
 
     return report if sys.stdout.isatty() else lambda line: None
 
