@@ -1,0 +1,96 @@
+"""The command line: `attnlab doctor`, `attnlab lab`, `attnlab results`.
+
+Each command imports what it needs when it runs, so that `attnlab --help` needs nothing.
+"""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from attnlab_command import load_alone
+
+PACKAGE = Path(__file__).resolve().parent
+CHAPTERS = PACKAGE.parent / "chapters"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the arguments name (by default those of the process).
+
+    Returns the exit code: 0, or 1 when the doctor found something to mend.
+    """
+    parser = argparse.ArgumentParser(
+        prog="attnlab", description="Visual attention, taught by building it."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands.add_parser("doctor", help="check this machine and say what would mend it")
+    lab = commands.add_parser(
+        "lab",
+        help="open a chapter in JupyterLab",
+        epilog="Further options, like --no-browser or --port=8889, go to JupyterLab.",
+    )
+    lab.add_argument("chapter", nargs="?", default="00", help="its number or name, like 1 or cbam")
+    results = commands.add_parser("results", help="compute the tables in results/")
+    results.add_argument("names", nargs="*", help="tables, like 01_attention.positions; else all")
+    results.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    chosen, others = parser.parse_known_args(arguments)
+    if chosen.command == "lab":
+        try:
+            return open_lab(chosen.chapter, others)
+        except ValueError as error:
+            lab.error(str(error))
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if chosen.command == "results":
+        return compute_results(chosen.names, chosen.seeds)
+    return load_alone("attnlab_doctor", PACKAGE / "lab" / "doctor.py").main()
+
+
+def compute_results(names: list[str], seeds: list[int]) -> int:
+    """Run the experiments behind the named tables, or behind all."""
+    from attnlab.lab import results
+
+    return results.main(names, seeds) or 0
+
+
+def open_lab(chapter: str, options: Sequence[str] = ()) -> int:
+    """Open JupyterLab on a chapter; the options are JupyterLab's."""
+    notebook = find_chapter(chapter)
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise ValueError('JupyterLab is not installed: pip install "attnlab[lab]"')
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        options = ["--allow-root", *options]  # root is all that a container has
+    return run([sys.executable, "-m", "jupyterlab", str(notebook), *options])
+
+
+def find_chapter(chapter: str) -> Path:
+    """The notebook of a chapter: "1", "01", "attention", "01_attention" or its file name.
+
+    Raises ValueError if there is none, or if the folder of chapters is not here.
+    """
+    if not CHAPTERS.is_dir():
+        raise ValueError(
+            f"chapter: there is no folder {CHAPTERS}: the chapters are in the repository, not in "
+            "the installed package; clone it and type `make lab` there"
+        )
+    notebooks = {path.stem: path for path in sorted(CHAPTERS.glob("[0-9][0-9]_*.ipynb"))}
+    wanted = Path(chapter).stem
+    for name, path in notebooks.items():
+        number, title = name.split("_", 1)
+        if wanted in (name, number, title) or (wanted.isdecimal() and int(wanted) == int(number)):
+            return path
+    raise ValueError(f"chapter: expected one of {', '.join(notebooks)}, got {chapter!r}")
+
+
+def run(command: list[str]) -> int:
+    """Run a command in this process's place, so that Ctrl-C goes to it alone."""
+    if os.name == "posix":
+        os.execv(command[0], command)
+    return subprocess.call(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
