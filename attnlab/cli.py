@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lab.add_argument("chapter", nargs="?", default="00", help="its number or name, like 1 or cbam")
     results = commands.add_parser("results", help="compute the tables in results/")
     results.add_argument("names", nargs="*", help="tables, like 01_attention.positions; else all")
-    results.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    results.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2")
     chosen, others = parser.parse_known_args(arguments)
     if chosen.command == "lab":
         try:
@@ -49,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return load_alone("attnlab_doctor", PACKAGE / "lab" / "doctor.py").main()
 
 
-def compute_results(names: list[str], seeds: list[int]) -> int:
+def compute_results(names: list[str], seeds: list[int] | None) -> int:
     """Run the experiments behind the named tables, or behind all."""
     from attnlab.lab import results
 
-    return results.main(names, seeds) or 0
+    return results.main(names, seeds or results.SEEDS)
 
 
 def open_lab(chapter: str, options: Sequence[str] = ()) -> int:

@@ -109,12 +109,13 @@ def test_an_installed_package_has_no_chapters(tmp_path, monkeypatch):
 def test_results_are_delegated(monkeypatch):
     calls = []
     module = types.ModuleType("attnlab.lab.results")
-    module.main = lambda names, seeds: calls.append((names, seeds))
+    module.SEEDS = (5, 6)
+    module.main = lambda names, seeds: calls.append((names, seeds)) or 0
     monkeypatch.setitem(sys.modules, "attnlab.lab.results", module)
     monkeypatch.setattr("attnlab.lab.results", module, raising=False)
     assert cli.main(["results"]) == 0
     assert cli.main(["results", "01_attention.positions", "--seeds", "3", "4"]) == 0
-    assert calls == [([], [0, 1, 2]), (["01_attention.positions"], [3, 4])]
+    assert calls == [([], (5, 6)), (["01_attention.positions"], [3, 4])]
 
 
 def test_doctor_gives_its_exit_code(monkeypatch):
