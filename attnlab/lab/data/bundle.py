@@ -39,6 +39,17 @@ def _index(folder: Path) -> tuple[Row, ...]:
         return tuple(csv.DictReader(file))
 
 
+def fingerprint() -> str:
+    """The sha256 of `data/index.csv`, and so of everything that it lists."""
+    return _fingerprint(files.data_dir())
+
+
+@cache
+def _fingerprint(folder: Path) -> str:
+    _index(folder)
+    return files.sha256(folder / "index.csv")
+
+
 def photos() -> list[Row]:
     """The whole photographs in `data/photos`: dicts of name, caption, author and licence."""
     return [

@@ -14,19 +14,20 @@ REAL = frozenset({"boxes", "flow"})  # may be stored as small integers, given as
 
 
 class Samples(Dataset):
-    """A data set held in tensors; a sample is a dict of tensors, a batch the same with an axis more.
+    """A data set held in tensors; a sample is a dict of tensors, a batch the same for many samples.
 
     | key | one sample | |
     |---|---|---|
     | `image` | `(3, H, W)` float in [0, 1] | clips: `(3, T, H, W)` |
     | `label` | `()` int | what a classifier predicts: an index into `classes` |
     | `labels` | `(K,)` int | class of each instance, −1 for padding |
-    | `instances` | `(K, H, W)` float in [0, 1] | what is *visible* of each instance, 0 for padding |
+    | `instances` | `(K, H, W)` float in [0, 1] | what is *visible* of each, 0 for padding |
     | `saliency` | `(H, W)` float in [0, 1] | where any instance is |
     | `boxes` | `(K, 4)` float | x1, y1, x2, y2 in px, x2 and y2 exclusive; 0 for padding |
 
-    `K` is one number per data set. Parts, trees, flow and visibility come under further keys, which
-    the generators document.
+    `K` is one number per data set. Clips have a frame axis T as well: `instances (K, T, H, W)`,
+    `saliency (T, H, W)`, `boxes (K, T, 4)`. Further keys (parts and trees, flow and visibility) are
+    in the docstrings of the generators.
 
     Args:
         tensors: what is stored, first axis = sample. `image`, `instances` and `saliency` are uint8
@@ -84,7 +85,7 @@ class Samples(Dataset):
         return {key: value[0] for key, value in self.batch([index % len(self)]).items()}
 
     def batch(self, indices: Indices) -> Batch:
-        """The samples at `indices` (a list, a tensor or a slice) as one dict of `(B, …)` tensors."""
+        """The samples at `indices` (a sequence, tensor or slice): a dict of `(B, …)` tensors."""
         if not isinstance(indices, slice):
             indices = torch.as_tensor(indices, dtype=torch.long, device=self.device)
         batch = {key: given(key, value[indices]) for key, value in self.tensors.items()}
