@@ -22,12 +22,17 @@ COMMANDS = {
     "chapters": [["scripts/build_chapters.py"]],
     "results": [[*ATTNLAB, "results"]],
     "doctor": [[*ATTNLAB, "doctor"]],
-    "bench": [[*ATTNLAB, "bench"]],
+    "bench": [[f"benchmarks/{path.name}"] for path in sorted(ROOT.glob("benchmarks/*.py"))],
 }
 
 
 def command_lines(name: str, extra: list[str]) -> list[list[str]]:
-    """Return the argument lists that `name` runs in turn; `extra` goes to the last of them."""
+    """Return the argument lists that `name` runs in turn; `extra` goes to the last of them.
+
+    The benchmarks share their options, so `extra` goes to each.
+    """
+    if name == "bench":
+        return [[*line, *extra] for line in COMMANDS[name]]
     if name == "lab" and hasattr(os, "geteuid") and os.geteuid() == 0:
         extra = ["--allow-root", *extra]  # root is all that a container has; Jupyter wants it said
     *first, last = COMMANDS[name] or [[]]

@@ -42,9 +42,10 @@ ADVICE = {
         "(pip config set global.index-url …), and run the same command again."
     ),
     r"No matching distribution found for (?P<package>\S+)": (
-        "There is no ready-made {package} for Python {version} on this kind of machine where pip "
-        "looked. Either the network or a mirror is incomplete (see `pip config list`), or this "
-        "Python is too new or too rare: try another, as in make PYTHON=python3.13 setup."
+        "pip found no ready-made {package} for Python {version} on this kind of machine. Either "
+        "there is no network, which the first set-up needs, or your mirror is incomplete (see "
+        "pip config list), or this Python is too new: name another, as in "
+        "make PYTHON=python3.13 setup."
     ),
     r"PATH separator": (
         "The name of this folder has a character that no Python environment can live with. "
@@ -266,8 +267,10 @@ def run_logged(
             lines.append(line)
             report(line)
     if child.returncode:
-        end = "".join(f"  {line}" for line in lines[-8:])
-        raise SetupError(f"{advice(''.join(lines))}\nThe last lines of {venv / LOG}:\n{end}")
+        telling = [line.rstrip()[:160] for line in lines if not line.startswith("Ignoring")]
+        end = "\n".join(f"  {line}" for line in telling[-6:] if line)
+        text = f"Last lines of {venv / LOG}:\n{end}\n\n{advice(''.join(lines))}"
+        raise SetupError(text)
 
 
 def progress(total: int) -> Callable[[str], None]:
