@@ -154,6 +154,16 @@ def test_bars_show_mean_spread_and_every_seed():
     assert ax.get_xlabel() == "accuracy"
 
 
+def test_bars_read_a_results_table():
+    summary = {"mean": 0.85, "std": 0.07, "values": [0.8, 0.9]}
+    rows = {"attention": {"accuracy": summary, "loss": summary}, "chance": {"loss": summary}}
+    ax = plots.bars_with_spread({"rows": rows}, "accuracy")
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([0.85])
+    assert ax.get_xlabel() == "accuracy"
+    with pytest.raises(ValueError, match=r"metric='f1': expected one of \['accuracy', 'loss'\]"):
+        plots.bars_with_spread({"rows": rows}, "f1")
+
+
 IMAGE, MAP = torch.zeros(3, 4, 4), torch.zeros(2, 2)
 
 

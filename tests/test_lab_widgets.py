@@ -3,7 +3,6 @@
 import base64
 import html
 import json
-import sys
 from html.parser import HTMLParser
 
 import matplotlib
@@ -252,12 +251,12 @@ def test_bad_query_is_named(query):
 
 def test_sliders_draw_once_where_there_are_none(monkeypatch):
     calls = []
-    draw = lambda **values: calls.append(values)  # noqa: E731
     ranges = {"temperature": (0.1, 5.0, 1.0), "layer": (0, 5, 3), "head": ["mean", 0]}
     first = {"temperature": 1.0, "layer": 3, "head": "mean"}
-    assert sliders(draw, **ranges) is None
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    sliders(draw, **ranges)
+    assert sliders(lambda **values: calls.append(values) or values, **ranges) is None
+    monkeypatch.setattr("IPython.get_ipython", type("Shell", (), {"kernel": True}))
+    monkeypatch.setattr("attnlab.lab.widgets.find_spec", lambda name: None)
+    sliders(lambda **values: calls.append(values), **ranges)
     assert calls == [first, first]
 
 

@@ -1,9 +1,8 @@
 """The figures that every chapter draws, in one style.
 
-Each function draws into new axes, or into `ax` where it takes one, and returns what it drew into,
-so that a chapter can add to it; a cell ends with `plt.show()`. Weights without a sign are drawn in
-viridis from zero up (inferno over a photograph, whose dark end dims what is not attended to), and
-weights with a sign in a diverging map whose zero is white.
+Each function draws into new axes, or into `ax`, and returns them, so that a chapter can add to
+them; a cell ends with `plt.show()`. Weights are drawn in viridis from zero up (over a photograph in
+inferno, whose dark end dims what gets none), and weights with a sign around a white zero.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,12 +61,9 @@ def show_images(
     Raises:
         ValueError: no image, one of another shape or outside [0, 1], or not one title for each.
     """
-    require(
-        not isinstance(images, Tensor) or images.ndim == 4,
-        "images",
-        tuple(getattr(images, "shape", ())),
-        "a list of images, or a tensor (N, 3, H, W)",
-    )
+    if isinstance(images, Tensor):
+        expected = "a list of images, or a tensor (N, 3, H, W)"
+        require(images.ndim == 4, "images", tuple(images.shape), expected)
     pictures = [_picture(f"images[{i}]", image) for i, image in enumerate(images)]
     axes = _frames(len(pictures), titles, title, columns, size)
     for ax, picture in zip(axes, pictures, strict=True):
@@ -229,7 +225,8 @@ def matrix_grid(
         figure, axes = plt.subplots(R, C, squeeze=False, **shape)
         for r, c in torch.cartesian_prod(torch.arange(R), torch.arange(C)).tolist():
             drawn = axes[r, c].imshow(matrices[r][c].numpy(), aspect="auto", **colours)
-            axes[r, c].locator_params(integer=True)
+            rows, cols = matrices[r][c].shape
+            axes[r, c].set(xticks=[0, cols - 1], yticks=[0, rows - 1])
             if column_titles and r == 0:
                 axes[r, c].set_title(column_titles[c])
             if c == 0:
@@ -272,15 +269,15 @@ def curve(
         ax = ax or _axes((1.6 * size, size))
         for marker, (name, values) in zip("osD^vPX" * len(series), series.items(), strict=False):
             values = torch.as_tensor(values).detach().double().cpu()
-            fits = values.ndim in (1, 2) and values.shape[-1] == len(x)
-            expected = f"({len(x)},) or (runs, {len(x)}) values"
-            require(fits, f"series[{name!r}]", tuple(values.shape), expected)
+            shape, expected = tuple(values.shape), f"({len(x)},) or (runs, {len(x)}) values"
+            require(
+                shape[-1:] == (len(x),) and len(shape) < 3, f"series[{name!r}]", shape, expected
+            )
             mean = (values if values.ndim == 1 else values.mean(0)).numpy()
             (line,) = ax.plot(x, mean, label=name, marker=marker if len(x) <= 20 else None)
             if values.ndim == 2 and len(values) > 1:
-                spread = values.std(0).numpy()
-                color = line.get_color()
-                ax.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.2, lw=0)
+                ends = (mean - values.std(0).numpy(), mean + values.std(0).numpy())
+                ax.fill_between(x, *ends, color=line.get_color(), alpha=0.2, lw=0)
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
         if "x" in log:
             ax.set_xscale("log", base=2)
@@ -292,9 +289,10 @@ def curve(
 
 
 def bars_with_spread(
-    table: Mapping[str, Sequence[float]],
+    table: Mapping,
+    metric: str | None = None,
     *,
-    xlabel: str,
+    xlabel: str | None = None,
     title: str | None = None,
     reference: tuple[str, float] | None = None,
     ax=None,
@@ -302,16 +300,23 @@ def bars_with_spread(
     """One bar a row: the mean over seeds, its standard deviation, and a dot for every seed.
 
     Args:
-        table: the values of all seeds for each row.
-        xlabel: the metric and its unit.
+        table: the values of all seeds for each row, `{row: [value, …]}`; or, with `metric`, what
+            `lab.results.load` gave.
+        metric: which of the table's metrics; rows without it are left out.
+        xlabel: the metric and its unit; by default its name.
         reference: name and value of a line to compare with, such as `("chance", 0.125)`.
 
     Returns:
         The axes; the first row of the table is the uppermost bar.
 
     Raises:
-        ValueError: `table` is empty, or a row has no values.
+        ValueError: `table` is empty or does not know `metric`, or a row has no values.
     """
+    if metric is not None:
+        known = sorted({name for metrics in table["rows"].values() for name in metrics})
+        require(metric in known, "metric", metric, f"one of {known}")
+        rows = table["rows"].items()
+        table = {row: metrics[metric]["values"] for row, metrics in rows if metric in metrics}
     require(len(table) > 0, "table", table, "at least one row")
     for row, values in table.items():
         require(len(values) > 0, f"table[{row!r}]", values, "at least one value")
@@ -324,7 +329,9 @@ def bars_with_spread(
         if reference:
             ax.axvline(reference[1], color=COLORS[1], linestyle="--", label=reference[0])
             ax.legend(loc="lower right")
-        ax.set(xlabel=xlabel, title=title, yticks=range(len(table)), yticklabels=list(table))
+        ax.set(
+            xlabel=xlabel or metric, title=title, yticks=range(len(table)), yticklabels=list(table)
+        )
         ax.invert_yaxis()
     return ax
 
@@ -344,9 +351,9 @@ def _frames(count: int, titles, title: str | None, columns: int | None, size: fl
     columns = min(count, columns or 8)
     rows = -(-count // columns)
     with style():
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(size * columns, (size + 0.3) * rows), squeeze=False
-        )
+        height = size + (0.3 if titles else 0)
+        shape = {"figsize": (size * columns, height * rows + 0.3), "squeeze": False}
+        figure, axes = plt.subplots(rows, columns, **shape)
     figure.suptitle(title)
     for ax in axes.flat:
         ax.axis("off")

@@ -1,7 +1,9 @@
 """Explorable figures: hover or click a patch and see its attention; sliders that recompute."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 
@@ -223,36 +225,41 @@ def explore(
     return AttentionExplorer(image, dense, grid, prefix=prefix or 0, **options)
 
 
-def sliders(draw, **ranges) -> None:
+def sliders(draw: Callable, **ranges: tuple | list) -> None:
     """Call `draw(**values)` now, and again whenever a slider moves, where there are sliders.
 
     Args:
-        draw: a plain function that draws a figure; a checked cell can call it too.
-        ranges: `name=(low, high, first)` for a slider (of whole numbers when all three are whole),
-            or `name=[first, second, …]` for a choice.
+        draw: a plain function that ends in `plt.show()`; a checked cell can call it too.
+        ranges: `name=(low, high, first)` for a slider, over whole numbers when all three are, or
+            `name=[first, second, …]` for a choice.
 
-    Outside a notebook, or without ipywidgets, it draws once with the first values.
+    Outside a notebook, or without ipywidgets, it draws once, with the first values.
     """
     first = {name: r[2] if isinstance(r, tuple) else r[0] for name, r in ranges.items()}
-    try:
-        import ipywidgets
-        from IPython import get_ipython
-        from IPython.display import display
-    except ImportError:
-        return draw(**first)
-    if getattr(get_ipython(), "kernel", None) is None:
-        return draw(**first)
-    controls = {}
-    for name, choice in ranges.items():
+    if not _in_notebook():
+        draw(**first)
+        return
+
+    import ipywidgets
+    from IPython.display import display
+
+    def control(name: str, choice: tuple | list):
         if isinstance(choice, list):
-            controls[name] = ipywidgets.Dropdown(options=choice, description=name)
-        else:
-            whole = all(isinstance(value, int) for value in choice)
-            slider = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
-            low, high, value = choice
-            step = 1 if whole else (high - low) / 100
-            controls[name] = slider(value, min=low, max=high, step=step, description=name)
+            return ipywidgets.Dropdown(options=choice, description=name)
+        low, high, value = choice
+        whole = all(isinstance(number, int) for number in choice)
+        slider = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
+        step = 1 if whole else (high - low) / 100
+        return slider(value, min=low, max=high, step=step, description=name)
+
+    controls = {name: control(name, choice) for name, choice in ranges.items()}
     display(*controls.values(), ipywidgets.interactive_output(draw, controls))
+
+
+def _in_notebook() -> bool:
+    """Whether sliders can be shown: a Jupyter kernel, and ipywidgets installed."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel") and find_spec("ipywidgets") is not None
 
 
 def _times(grid: tuple[int, int]) -> str:
