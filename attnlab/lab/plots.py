@@ -269,10 +269,8 @@ def curve(
         ax = ax or _axes((1.6 * size, size))
         for marker, (name, values) in zip("osD^vPX" * len(series), series.items(), strict=False):
             values = torch.as_tensor(values).detach().double().cpu()
-            shape, expected = tuple(values.shape), f"({len(x)},) or (runs, {len(x)}) values"
-            require(
-                shape[-1:] == (len(x),) and len(shape) < 3, f"series[{name!r}]", shape, expected
-            )
+            shape, n = tuple(values.shape), len(x)
+            require(shape[-1:] == (n,), f"series[{name!r}]", shape, f"({n},) or (runs, {n}) values")
             mean = (values if values.ndim == 1 else values.mean(0)).numpy()
             (line,) = ax.plot(x, mean, label=name, marker=marker if len(x) <= 20 else None)
             if values.ndim == 2 and len(values) > 1:
