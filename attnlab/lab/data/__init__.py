@@ -6,6 +6,8 @@ the sample type and are read from where you keep them: `load("voc2012", "train",
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
@@ -68,7 +70,8 @@ def _generated(name, split, n, size, seed, cache, options) -> Samples:
     size = as_size(64 if size is None else size)
 
     def make():
-        return generator.generate(n, split, size, seed, **options)
+        with _one_thread():
+            return generator.generate(n, split, size, seed, **options)
 
     if cache:
         versions = {"torch": torch.__version__, "generator": generator.VERSION}
@@ -80,6 +83,17 @@ def _generated(name, split, n, size, seed, cache, options) -> Samples:
     return Samples(
         tensors, classes=generator.CLASSES, name=name, split=split, derive=generator.derive
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run small operations on one thread: on a busy machine two are several times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check(generator: ModuleType, name: str, split: str, n: int, seed: int, options: dict) -> None:
