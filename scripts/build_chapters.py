@@ -72,7 +72,7 @@ def read_notebook(path: Path) -> NotebookNode | None:
     """The notebook as it is stored, or None when there is none that can be read."""
     try:
         return nbformat.read(path, as_version=4)
-    except (OSError, ValueError, AttributeError):  # missing, not JSON, not a notebook
+    except (OSError, ValueError, AttributeError, nbformat.ValidationError):
         return None
 
 
