@@ -70,6 +70,16 @@ def test_first_set_up_installs_the_lock_then_the_package_and_the_second_does_not
 
 
 @on_posix
+def test_an_update_that_fails_leaves_a_venv_that_is_made_anew(course, monkeypatch):
+    venv_setup.ensure(course)
+    (course / "requirements.lock").write_text("numpy==2.5.0\n")
+    monkeypatch.setenv("PIP", "exit 1")
+    with pytest.raises(venv_setup.SetupError):
+        venv_setup.ensure(course)
+    assert venv_setup.state(course) == "broken"
+
+
+@on_posix
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
@@ -123,6 +133,8 @@ def test_a_damaged_venv_is_made_anew(course, damage, capsys):
 @on_posix
 def test_a_venv_too_old_is_made_anew(course, monkeypatch):
     venv_setup.ensure(course)
+    (course / ".venv" / venv_setup.STAMP).unlink()
+    assert venv_setup.state(course) == "changed"
     monkeypatch.setenv("VERSION", "3 10")
     assert venv_setup.state(course) == "broken"
 
