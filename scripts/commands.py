@@ -15,7 +15,8 @@ ATTNLAB = ["-m", "attnlab_command"]
 
 COMMANDS = {
     "setup": [],
-    "lab": [["-m", "jupyterlab", "chapters/00_start_here.ipynb"]],
+    # From the root, so that a chapter's links to the library's files open too.
+    "lab": [["-m", "jupyterlab", "--ServerApp.root_dir=.", "chapters/00_start_here.ipynb"]],
     "test": [*LINT, TESTS],
     "lint": LINT,
     "format": [["-m", "ruff", "check", "--fix", "."], ["-m", "ruff", "format", "."]],
