@@ -182,13 +182,12 @@ def test_tests_are_lint_and_one_strict_run_of_pytest():
     assert commands.command_lines("setup", []) == []
 
 
-@pytest.mark.parametrize(
-    ("uid", "expected"), [(0, ["--allow-root", "--port=1"]), (7, ["--port=1"])]
-)
-def test_root_may_open_the_lab(monkeypatch, uid, expected):
-    monkeypatch.setattr(os, "geteuid", lambda: uid, raising=False)
+@pytest.mark.parametrize(("user", "expected"), [(0, ["--allow-root"]), (1000, [])])
+def test_root_may_open_the_lab(monkeypatch, user, expected):
+    monkeypatch.setattr(os, "geteuid", lambda: user, raising=False)
     (line,) = commands.command_lines("lab", ["--port=1"])
-    assert line == ["-m", "jupyterlab", "chapters/00_start_here.ipynb", *expected]
+    assert line[:2] == ["-m", "jupyterlab"]
+    assert line[3:] == ["chapters/00_start_here.ipynb", *expected, "--port=1"]
 
 
 def test_a_command_runs_inside_venv_with_two_threads(monkeypatch):
