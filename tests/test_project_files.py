@@ -283,6 +283,9 @@ def test_readme_marks_as_ready_what_is_there():
         there = sorted(ROOT.glob(f"chapters/{number}_*.ipynb"))
         assert state == ("ready" if there else "planned"), number
         assert bool(there) == ("](chapters/" in title)
+    number_words = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    ready = [state for *_, state in rows].count("ready")
+    assert f"{[*number_words, 'ten', 'eleven', 'all'][ready]} of them ready" in README
 
 
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -296,6 +299,11 @@ def test_readme_python_runs(block, monkeypatch, tmp_path):
 
 def test_readme_has_python():
     assert BLOCKS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the README gives the number for Linux")
+def test_readme_says_how_much_disk_a_set_up_asks_for():
+    assert f"on Linux about {venv_setup.DISK_GB} GB of disk" in README
 
 
 # The package without the repository
