@@ -19,9 +19,19 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from attnlab.lab import batches, train
+from attnlab.lab.run_log import RunLog
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 120  # seconds for a child process on a busy machine
+PATIENCE = 300  # seconds for a child process on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the child processes: more threads gain nothing here, and fight where cores are few."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def images(count: int = 100) -> dict[str, torch.Tensor]:
@@ -62,10 +72,9 @@ def states_equal(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in pairs)
 
 
-def child(*arguments: str, **environment: str) -> list[str]:
-    """Command line of this file as a script (see the end), with a clean environment."""
-    threads = str(torch.get_num_threads())
-    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
+def child(*arguments: str, **environment: str) -> dict:
+    """How `subprocess` runs Python with `arguments`; this file is a script too (see its end)."""
+    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return {
         "args": [sys.executable, *arguments],
         "env": os.environ | paths | environment,
@@ -124,9 +133,13 @@ def test_two_processes_follow_the_curve_of_one(tmp_path):
 
 
 def distributed(run_dir) -> tuple[nn.Module, train.History]:
+    def loss(model, batch):
+        assert len(batch["label"]) == 16 // int(os.environ.get("WORLD_SIZE", "1"))
+        return train.classification_loss(model, batch)
+
     model = network(norm=False, dropout=0.0)
     history = train.fit(
-        model, images(), steps=12, batch_size=16, lr=1e-2, device="cpu", run_dir=run_dir,
+        model, images(), loss=loss, steps=12, batch_size=16, lr=1e-2, device="cpu", run_dir=run_dir,
         save_every=6, evaluate=lambda model: {"accuracy": train.accuracy(model, images())},
         progress=False,
     )  # fmt: skip
@@ -225,6 +238,22 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, device):
     assert steps == [1, 2, 3, 4, 5]
     with pytest.raises(train.TrainingDiverged, match="run_dir was not given"):
         train.fit(network(), {**images(), "image": images()["image"] * math.inf}, steps=1)
+
+
+def test_losses_that_are_read_late_are_all_logged(device):
+    def note(log, step, loss):
+        log.add(step, 0.1, torch.tensor(loss, device=device), torch.tensor(1.0, device=device))
+
+    log = RunLog(None, processes=1)
+    for step, loss in enumerate([3.0, 2.0, 1.0]):
+        note(log, step, loss)
+    assert log.read() == 1.0
+    assert log.history.loss == [3.0, 2.0, 1.0]
+    for step, loss in enumerate([0.5, math.inf, 0.25], start=3):
+        note(log, step, loss)
+    with pytest.raises(train.TrainingDiverged, match="at step 4"):
+        log.read()
+    assert log.history.steps == [0, 1, 2, 3]
 
 
 def test_an_infinite_gradient_of_a_finite_loss_stops_the_run():
