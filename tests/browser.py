@@ -1,5 +1,6 @@
 """Real Chromium and real JupyterLab for tests: offline, and intolerant of errors."""
 
+import json
 import os
 import shutil
 import socket
@@ -25,6 +26,13 @@ ARGUMENTS = (
     "--disable-sync",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
+
+TOKEN = "test"
+SETTINGS = {
+    # Every cell is in the page, also those that a reader would have to scroll to.
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
 
 
 @contextmanager
@@ -67,10 +75,10 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = home / "settings" / "@jupyterlab" / "notebook-extension"
-    settings.mkdir(parents=True)
-    # Every cell is in the page, also those that a reader would have to scroll to.
-    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
+    for name, setting in SETTINGS.items():
+        path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(setting))
     command = [
         *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"),
         *("--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"),
@@ -98,7 +106,11 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
             server.wait(timeout=30)
 
 
-TOKEN = "test"
+def run_all(page: Page) -> None:
+    """In a page that shows a notebook: Run, Run All Cells, once there is a kernel to run them."""
+    page.wait_for_selector("#jp-main-statusbar >> text=/ipykernel.*Idle/", timeout=60_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 
 
 def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:

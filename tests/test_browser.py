@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from browser import TOKEN, ExplorerPage, chromium, jupyterlab, open_page
+from browser import TOKEN, ExplorerPage, chromium, jupyterlab, open_page, run_all
 from matplotlib import colormaps
 
 from attnlab.lab.widgets import AttentionExplorer
@@ -120,9 +120,7 @@ def test_explorer_works_in_jupyterlab(browser, notebook, tmp_path):
     ):
         page.wait_for_selector("text=An explorable figure belongs here", timeout=60_000)
         assert page.locator(".jp-OutputArea iframe").count() == 0
-        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        run_all(page)
         use(frame_in(page, ".jp-OutputArea iframe[srcdoc]", timeout=300))
 
 
@@ -174,25 +172,31 @@ def test_readouts_are_the_weights(saved, explorer):
     value, ratio = shown.split(": ")[1].split(" times")[0].split(", ")
     assert float(value) == pytest.approx(weights[4].item(), rel=0.06)
     assert float(ratio) == pytest.approx(25 * weights[4].item(), rel=0.06)
-    low, high = saved.text("range").split("; ")[0].removeprefix("patches: ").split(" to ")
-    assert float(high) == pytest.approx(weights[1:].max().item(), rel=0.06)
-    assert float(low) == pytest.approx(weights[1:].min().item(), rel=0.3, abs=1e-5)
+    smallest, even = saved.text("range").removeprefix("smallest on a patch: ").split("; ")
+    assert float(smallest) == pytest.approx(weights[1:].min().item(), rel=0.2)
+    assert even == "mark: even share, 0.04"
+    assert float(saved.text("low")) == 0
+    assert float(saved.text("high")) == pytest.approx(weights[1:].max().item(), rel=0.06)
 
 
 def test_colours_are_the_weights(browser, tmp_path):
-    """At full opacity matplotlib's colours, at none the photograph."""
-    weights = torch.linspace(0, 1, 24).expand(24, 24) / 12
+    """At full opacity matplotlib's colours, from zero or stretched; at none the photograph."""
+    weights = torch.linspace(1, 2, 24).expand(24, 24) / 36
     red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 64, 96)
     AttentionExplorer(red, [weights[None]], (4, 6), prefix=0).save(tmp_path / "red.html")
     with open_page(browser, (tmp_path / "red.html").as_uri()) as page:
         saved = ExplorerPage(page.main_frame)
-        saved.point(0)
+        saved.point(0)  # its outline lies over its colour
+        others = range(1, 24)
         page.locator("#opacity").fill("1")
-        drawn = torch.tensor([saved.pixel(token) for token in range(1, 24)])
-        expected = torch.tensor(colormaps["inferno"](torch.linspace(0, 1, 24).numpy()))
-        torch.testing.assert_close(drawn / 255, expected[1:, :3].float(), rtol=0, atol=0.05)
+        for least in (0.5, 0):
+            page.locator("#stretch").set_checked(least == 0)
+            drawn = torch.tensor([saved.pixel(token) for token in others]) / 255
+            expected = torch.tensor(colormaps["inferno"](torch.linspace(least, 1, 24).numpy()))
+            torch.testing.assert_close(drawn, expected[1:, :3].float(), rtol=0, atol=0.06)
+            assert float(saved.text("low")) == pytest.approx(0 if least else 1 / 36, rel=0.05)
         page.locator("#opacity").fill("0")
-        assert [saved.pixel(token) for token in range(1, 24)] == [[255, 0, 0]] * 23
+        assert [saved.pixel(token) for token in others] == [[255, 0, 0]] * 23
 
 
 def test_keyboard_walks_over_patches_and_class_token(saved):
@@ -213,10 +217,10 @@ def test_keyboard_walks_over_patches_and_class_token(saved):
     # Without a mouse: every control can be reached with Tab, and shows that it has the focus.
     saved.picture.focus()
     reached = []
-    for _ in range(4):
+    for _ in range(5):
         saved.frame.page.keyboard.press("Tab")
         reached.append(saved.frame.evaluate("document.activeElement.id || 'way'"))
-    assert reached == ["layer", "head", "way", "opacity"]
+    assert reached == ["layer", "head", "way", "opacity", "stretch"]
     saved.picture.press("ArrowUp")
     assert saved.frame.evaluate("getComputedStyle(picture).outlineStyle") == "solid"
 

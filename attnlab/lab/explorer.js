@@ -13,6 +13,7 @@ const state = {
   pinned: false, // pinned: the pointer reads weights instead of choosing another token
   hovered: null,
   opacity: 0.65,
+  stretch: false, // colours from the smallest weight up, not from zero
 };
 
 // ---- Tokens -------------------------------------------------------------------------------------
@@ -49,8 +50,10 @@ function weights(layer, column) {
   const values = Float32Array.from({ length: tokens }, (_, other) =>
     received ? map[other * tokens + token] : map[token * tokens + other]);
   // The patches set the scale: a class token that takes most of the weight would darken them all.
-  const limit = values.subarray(prefix).reduce((most, value) => Math.max(most, Math.abs(value)), 0);
-  return { values, limit };
+  const own = values.subarray(prefix);
+  const [least, most] = [Math.min(...own), Math.max(...own.map(Math.abs)) || 1];
+  const ends = [data.signed ? -most : state.stretch ? least : 0, most];
+  return { values, ends };
 }
 
 // ---- The page -----------------------------------------------------------------------------------
@@ -74,9 +77,11 @@ app.innerHTML = `
           <label><input type="radio" name="way" value="in"><span>is looked at by</span></label>
         </div>
         <label>Overlay <input id="opacity" type="range" min="0" max="1" step="0.05"></label>
+        <label><input id="stretch" type="checkbox"> stretch colours</label>
       </div>
       <div id="ramp"><i id="even"></i></div>
-      <div class="ends"><span id="low"></span><span id="range"></span><span id="high"></span></div>
+      <div class="ends"><span id="low"></span><span id="high"></span></div>
+      <p id="range"></p>
       <canvas id="sheet" aria-hidden="true"></canvas>
     </section>
   </div>
@@ -93,6 +98,7 @@ layers.forEach(({ name }, i) => $("layer").add(new Option(name, i)));
 columns.forEach(({ name }, i) => $("head").add(new Option(name, i)));
 $("opacity").value = state.opacity;
 $("ramp").style.background = gradient;
+$("stretch").parentElement.hidden = data.signed;
 sheet.hidden = layers.length * columns.length === 1;
 
 function cell(token) { // [x, y, width, height] in the picture, in CSS pixels
@@ -109,7 +115,7 @@ function tokenAt({ offsetX, offsetY }) {
   });
 }
 
-function drawPicture({ values, limit }, strongest) {
+function drawPicture({ values, ends }, strongest) {
   const width = Math.min(data.width, app.querySelector(".panes").clientWidth);
   const pen = resize(picture, width, Math.round(width * data.aspect) + strip);
   pen.imageSmoothingEnabled = !data.pixelated;
@@ -118,7 +124,7 @@ function drawPicture({ values, limit }, strongest) {
   values.forEach((value, token) => {
     const [x, y, w, h] = cell(token);
     pen.globalAlpha = token < prefix ? 1 : state.opacity;
-    pen.fillStyle = colour(value, limit);
+    pen.fillStyle = colour(value, ends);
     pen.fillRect(x, y, w, h);
     [pen.globalAlpha, pen.lineWidth, pen.strokeStyle] = [0.25, 1, "#fff"];
     pen.strokeRect(x, y, w, h);
@@ -160,12 +166,12 @@ function drawSheet() {
     pen.fillStyle = text;
     pen.fillText(short, 3, top(layer) + height / 2);
     columns.forEach((_, column) => {
-      const { values, limit } = weights(layer, column);
+      const { values, ends } = weights(layer, column);
       const [across, down] = [(col) => Math.round((col * width) / cols),
                               (row) => Math.round((row * height) / rows)];
       for (let token = prefix; token < tokens; token++) {
         const [row, col] = place(token);
-        pen.fillStyle = colour(values[token], limit);
+        pen.fillStyle = colour(values[token], ends);
         pen.fillRect(left(column) + across(col), top(layer) + down(row),
                      across(col + 1) - across(col), down(row + 1) - down(row));
       }
@@ -175,7 +181,7 @@ function drawSheet() {
   pen.strokeRect(left(state.column) - 1, top(state.layer) - 1, width + 2, height + 2);
 }
 
-function say({ values, limit }, strongest) {
+function say({ values, ends: [low, high] }, strongest) {
   const verb = state.received ? "is looked at most by" : "looks most at";
   const most = strongest === state.token ? "itself" : name(strongest);
   const other = state.hovered ?? strongest;
@@ -183,17 +189,16 @@ function say({ values, limit }, strongest) {
   const total = values.reduce((sum, value) => sum + value);
   const compared = state.received ? `; in all it receives ${number(total)} (an even share is 1)`
     : `, ${number(values[other] / even)} times an even share`;
-  const marked = data.stochastic && !state.received && even <= limit;
+  const marked = data.stochastic && !state.received && even >= low && even <= high;
   $("readout").textContent = (state.pinned ? "pinned: " : "") +
     `${name(state.token)} ${verb} ${most}${data.signed ? " (by size)" : ""}`;
   $("value").textContent =
     `weight of ${name(other)}: ${number(values[other])}${data.stochastic ? compared : ""}`;
-  $("low").textContent = number(data.signed ? -limit : 0);
-  $("range").textContent = `patches: ${number(Math.min(...own))} to ${number(Math.max(...own))}` +
+  [$("low").textContent, $("high").textContent] = [number(low), number(high)];
+  $("range").textContent = `smallest on a patch: ${number(Math.min(...own))}` +
     (marked ? `; mark: even share, ${number(even)}` : "");
-  $("high").textContent = number(limit);
   $("even").hidden = !marked;
-  $("even").style.left = `${(100 * even) / limit}%`;
+  $("even").style.left = `${(100 * (even - low)) / (high - low)}%`;
 }
 
 // ---- Acting -------------------------------------------------------------------------------------
@@ -238,6 +243,7 @@ sheet.addEventListener("click", ({ offsetX, offsetY }) => {
 $("layer").addEventListener("change", ({ target }) => change({ layer: Number(target.value) }));
 $("head").addEventListener("change", ({ target }) => change({ column: Number(target.value) }));
 $("opacity").addEventListener("input", ({ target }) => change({ opacity: Number(target.value) }));
+$("stretch").addEventListener("change", ({ target }) => change({ stretch: target.checked }));
 app.querySelectorAll("[name=way]").forEach((radio) =>
   radio.addEventListener("change", () => change({ received: radio.value === "in" })));
 photograph.addEventListener("load", () => show(draw));

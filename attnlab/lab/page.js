@@ -28,12 +28,12 @@ const INFERNO =
 const RDBU_R =
   "#053061 #2065ab #4393c3 #90c4dd #d1e5f0 #ffffff #fddbc7 #f3a481 #d6604d #b1182b #67001f";
 
-function colourMap(signed) { // { colour(weight, limit), gradient }: 0 to limit, or -limit to limit
+function colourMap(signed) { // { colour(weight, [low, high]), gradient }
   const stops = (signed ? RDBU_R : INFERNO).split(" ");
   const channels = stops.map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
-  function colour(weight, limit) {
-    const share = Math.max(-1, Math.min(1, weight / (limit || 1)));
-    const position = (signed ? (share + 1) / 2 : share) * (stops.length - 1);
+  function colour(weight, [low, high]) {
+    const share = Math.max(0, Math.min(1, (weight - low) / (high - low || 1)));
+    const position = share * (stops.length - 1);
     const below = Math.min(Math.floor(position), stops.length - 2);
     const mix = (from, i) => from + (position - below) * (channels[below + 1][i] - from);
     return `rgb(${channels[below].map(mix).map(Math.round)})`;
