@@ -20,7 +20,7 @@ def vit_mini_parts(name: str, seed: int, device: torch.device) -> None:
     train.seed_everything(seed)
     model = vit_mini(num_classes=8)
     run_dir = repo_root() / "runs" / name
-    history = ch01.fit_vit_mini(model, seed, device, steps=3_000, run_dir=run_dir)
+    history = ch01.fit_vit_mini(model, seed, device, steps=2_500, run_dir=run_dir)
     test = data.load("parts", "test", n=2_000)
     checkpoints.save(
         data_dir() / "checkpoints" / name,

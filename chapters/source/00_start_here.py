@@ -48,7 +48,7 @@ device = lab.device()  # CUDA when there is one, else the CPU; every chapter sta
 # %% tags=["explorer", "nbval-ignore-output"] slideshow={"slide_type": "fragment"}
 model = lab.checkpoints.load("vit_mini_parts", device=device)
 test = lab.data.load("parts", "test", n=200)
-image = test[3]["image"]  # (3, 64, 64), floats in [0, 1]
+image = test[4]["image"]  # (3, 64, 64), floats in [0, 1]
 lab.explore(model, image, title="where does this patch look?")
 
 # %% [markdown] slideshow={"slide_type": "subslide"}
@@ -60,7 +60,7 @@ lab.explore(model, image, title="where does this patch look?")
 with torch.no_grad():
     answer = model(image[None].to(device)).argmax().item()
 print("the model says:", test.classes[answer])
-print("the truth is:  ", test.classes[test[3]["label"]])
+print("the truth is:  ", test.classes[test[4]["label"]])
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 2 · How a page works

@@ -175,7 +175,7 @@ def parts(seed: int, device) -> dict:
     """The model of the shipped checkpoint: `vit_mini` on the default parts task."""
     train.seed_everything(seed)
     model = vit_mini(num_classes=8)
-    fit_vit_mini(model, seed, device, steps=1_500)
+    fit_vit_mini(model, seed, device, steps=1_200)
     test = data.load("parts", "test", n=2_000)
     return {"vit_mini": {"accuracy": train.accuracy(model, test, device=device)}}
 
