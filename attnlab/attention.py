@@ -184,8 +184,7 @@ class MultiHeadAttention(nn.Module):
 class Block(nn.Module):
     """One encoder layer: x + attention(norm(x)), then x + mlp(norm(x)); `(B, N, D)` → `(B, N, D)`.
 
-    `drop_path` is the probability of skipping a branch in training; other arguments as in
-    `MultiHeadAttention`.
+    `drop_path` is the probability of skipping a branch in training.
     """
 
     def __init__(
@@ -217,12 +216,11 @@ class VisionTransformer(nn.Module):
 
     Images `(B, in_chans, H, W)` → logits `(B, num_classes)`. H and W may differ from `img_size`
     (multiples of `patch_size`): the position embedding is then resized. State dicts of timm, of
-    the DeiT repository (the value under its key "model") and of torchvision load with
-    `strict=True`.
+    DeiT (the value under its key "model") and of torchvision load with `strict=True`.
 
     Args:
-        global_pool: "token" classifies the class token; "avg" the mean of the patch tokens, with
-            the last LayerNorm behind the mean (`fc_norm`), as in timm.
+        global_pool: "token" classifies the class token; "avg" the mean of the patch tokens, and
+            has the last LayerNorm behind it (`fc_norm`), as in timm.
         class_token: whether there is one; "token" needs it.
         distilled: add DeiT's distillation token and its head `head_dist`. The logits are the mean
             of both heads, or the pair in training when `distilled_training` is set to True.
@@ -232,9 +230,8 @@ class VisionTransformer(nn.Module):
         impl: as in `scaled_dot_product_attention`, for every block.
 
     Raises:
-        ValueError: `global_pool` or `pos_embed` unknown; no class token where one is needed;
-            `embed_dim` not a multiple of `num_heads`; images not `(B, in_chans, H, W)` with sides
-            that are multiples of `patch_size`.
+        ValueError: an unknown option; no class token where one is needed; `embed_dim` not a
+            multiple of `num_heads`; an image side not a multiple of `patch_size`.
     """
 
     def __init__(
@@ -279,8 +276,8 @@ class VisionTransformer(nn.Module):
         else:
             self.pos_embed = None
 
-        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         layer = (embed_dim, num_heads, mlp_ratio, qkv_bias, proj_drop_rate, attn_drop_rate)
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.Sequential(*[Block(*layer, rate, impl) for rate in rates])
         self.norm = LayerNorm(embed_dim) if global_pool == "token" else nn.Identity()
         self.fc_norm = nn.Identity() if global_pool == "token" else LayerNorm(embed_dim)

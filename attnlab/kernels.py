@@ -17,9 +17,9 @@ State = tuple[Tensor, Tensor, Tensor]
 
 IMPLS = ("auto", "explicit", "fused", "blockwise")
 
-# "auto" takes the fused kernel from this many scores (queries × keys) on: {device: (without, with
-# gradients)}. Measured by benchmarks/attention.py, table "auto"; results in benchmarks/results/.
-FUSED_FROM = {"cpu": (0, 64 * 64), "cuda": (0, 0)}
+# "auto" takes the fused kernel from this many scores (queries × keys) on, as {device: (without,
+# with gradients)}; 0 is always. Measured by benchmarks/attention.py, its table "auto".
+FUSED_FROM = {"cpu": (0, 0), "cuda": (0, 0)}
 
 
 def scores_of(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -131,7 +131,7 @@ def blockwise_attention(
     *,
     mask: Tensor | None = None,
     scale: float | None = None,
-    block_size: int = 256,
+    block_size: int = 128,
 ) -> Tensor:
     """softmax(scale · Q Kᵀ + mask) V, one block of keys at a time: exact, in little memory.
 

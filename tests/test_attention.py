@@ -360,13 +360,6 @@ def test_every_form_compiles_in_one_graph(impl, device):
     battery.check_compiles(module, torch.randn(2, 9, 12, device=device))
 
 
-@pytest.mark.needs("compiler")
-def test_compiled_for_real(device):
-    module = MultiHeadAttention(16, 2).to(device)
-    x = torch.randn(2, 65, 16, device=device)
-    battery.check_compiles(module, x, backend="inductor", dtype=torch.float32, tol=1e-4)
-
-
 @pytest.mark.parametrize("impl", ["explicit", "fused"])
 def test_dropout_is_for_training_only(impl, device):
     torch.manual_seed(0)
