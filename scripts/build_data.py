@@ -49,7 +49,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         sources = unpack(arguments.packages or Path(scratch) / "packages", Path(scratch) / "files")
         recorded = {} if arguments.new else read_index()
-        pictures = build(sources, {row["file"]: row for row in recorded.values()})
+        pictures = build(sources)
     problems = compare(pictures, recorded)
     for problem in problems:
         print(problem)
@@ -103,7 +103,7 @@ def run(*command, cwd=None) -> None:
         )
 
 
-def build(sources: dict[str, Path], recorded: dict) -> list[tuple[dict, bytes]]:
+def build(sources: dict[str, Path]) -> list[tuple[dict, bytes]]:
     """Every picture as (row of the index, bytes of the file)."""
     return [
         picture
