@@ -135,6 +135,13 @@ def test_a_perfect_map_scores_one(device):
     assert metrics.iou_at(masks.float(), soft, 0.5).tolist() == [1, 1]
 
 
+def test_the_adaptive_threshold_is_of_the_population(device):
+    """0.37 + 0.456 lets 0.85 in; with the sample's deviation, 0.509, it would not."""
+    maps = torch.tensor([[[0, 0, 0, 0.85, 1]]], device=device)
+    masks = maps > 0.5
+    assert metrics.iou_at(7 * maps, masks, "mean+std").tolist() == [1]
+
+
 def test_a_scale_of_the_map_changes_nothing_and_an_offset_only_the_energy():
     maps, masks = torch.rand(20, 8, 8).double(), torch.rand(20, 16, 16) < 0.3
     masks[:, 0, 0] = True
