@@ -25,6 +25,7 @@ import nbformat
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, DeadKernelError
+from nbclient.output_widget import OutputWidget
 from nbformat import NotebookNode
 from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
 
@@ -103,6 +104,17 @@ def with_outputs(notebook: NotebookNode, executed: NotebookNode) -> NotebookNode
     return notebook
 
 
+class SilentOutput(OutputWidget):
+    """Keeps what an Output widget shows, without telling the kernel.
+
+    nbclient tells it by a send on the very socket on which it waits for the cell's reply, and now
+    and then ZeroMQ then wakes nobody for that reply: the build stands still with an idle kernel.
+    """
+
+    def send(self, data=None, metadata=None, buffers=None):
+        pass
+
+
 def execute(notebook: NotebookNode, folder: Path) -> list[tuple[float, NotebookNode]]:
     """Run every cell in `folder` and return the seconds that each code cell took."""
     started, seconds = {}, []
@@ -125,8 +137,10 @@ def execute(notebook: NotebookNode, folder: Path) -> list[tuple[float, NotebookN
         on_cell_execute=start,
         on_cell_executed=done,
     )
+    client.widget_registry["@jupyter-widgets/output"]["OutputModel"] = SilentOutput
+    environment = os.environ | KERNEL_ENVIRONMENT
     try:
-        client.execute(env=os.environ | KERNEL_ENVIRONMENT, stderr=subprocess.DEVNULL)
+        client.execute(env=environment, stderr=subprocess.DEVNULL, cleanup_kc=True)
     except (CellControlSignal, DeadKernelError) as error:
         uncolored = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
         raise BuildError(uncolored.rstrip()) from error

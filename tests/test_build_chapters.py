@@ -35,10 +35,16 @@ def entropy(weights):
 
 
 # %% slideshow={"slide_type": "fragment"}
-from ipywidgets import HTML, IntSlider
+from ipywidgets import HTML, IntSlider, Output
 
 unused = HTML("not shown")
 IntSlider(3)
+
+# %% slideshow={"slide_type": "fragment"}
+shown = Output()
+with shown:
+    print("inside")
+shown
 """
 
 
@@ -82,8 +88,9 @@ def runs(folder: Path) -> int:
 
 
 def test_every_code_cell_has_its_count_and_its_outputs(folder):
-    _, first, raises, stub, slider = notebook(folder).cells
-    assert [cell.execution_count for cell in (first, raises, stub, slider)] == [1, 2, 3, 4]
+    _, first, raises, stub, *widgets = notebook(folder).cells
+    counts = [cell.execution_count for cell in (first, raises, stub, *widgets)]
+    assert counts == [1, 2, 3, 4, 5]
     assert first.outputs[0].text == "hello\n"
     assert raises.outputs[0].ename == "FileNotFoundError"
     assert raises.source == 'Path("missing").read_text()', "commented in the script only"
@@ -109,12 +116,19 @@ def test_nothing_of_this_run_or_machine_is_kept(folder):
 
 def test_only_widgets_that_are_shown_are_stored_under_names_that_do_not_change(folder):
     (widgets,) = notebook(folder).metadata.widgets.values()
-    models = [model["model_name"] for model in widgets["state"].values()]
-    assert models == ["IntSliderModel", "LayoutModel", "SliderStyleModel"]
-    assert list(widgets["state"]) == [f"{number:032x}" for number in (1, 2, 3)]
-    view = notebook(folder).cells[-1].outputs[0].data["application/vnd.jupyter.widget-view+json"]
-    assert view["model_id"] == f"{1:032x}"
-    assert widgets["state"][f"{1:032x}"]["state"]["layout"] == f"IPY_MODEL_{2:032x}"
+    models = {name: model["model_name"] for name, model in widgets["state"].items()}
+    assert models == {
+        f"{1:032x}": "IntSliderModel",
+        f"{2:032x}": "OutputModel",
+        f"{3:032x}": "LayoutModel",
+        f"{4:032x}": "SliderStyleModel",
+        f"{5:032x}": "LayoutModel",
+    }
+    slider, output = (cell.outputs[0].data for cell in notebook(folder).cells[-2:])
+    assert slider["application/vnd.jupyter.widget-view+json"]["model_id"] == f"{1:032x}"
+    assert output["application/vnd.jupyter.widget-view+json"]["model_id"] == f"{2:032x}"
+    assert widgets["state"][f"{1:032x}"]["state"]["layout"] == f"IPY_MODEL_{3:032x}"
+    assert widgets["state"][f"{2:032x}"]["state"]["outputs"][0]["text"] == "inside\n"
 
 
 def test_an_unchanged_chapter_is_left_alone(builder, folder, capsys):
@@ -160,6 +174,13 @@ def test_new_code_runs_and_a_failing_cell_leaves_the_old_notebook(builder, folde
     assert (folder / "07_some.ipynb").read_bytes() == built["07_some.ipynb"]
     assert runs(folder) == 2
     assert not list(folder.glob(".*")), "no temporary file is left"
+
+
+def test_a_kernel_that_dies_is_reported(builder, folder, built, capsys):
+    edit(folder, 'print("hello")', "import os; os._exit(1)")
+    assert builder.main([], folder) == 1
+    assert "07_some failed; the old notebook stays.\nKernel died" in capsys.readouterr().err
+    assert (folder / "07_some.ipynb").read_bytes() == built["07_some.ipynb"]
 
 
 def test_a_tag_is_part_of_the_code(builder, folder):
@@ -230,6 +251,6 @@ def test_cell_ids_follow_the_content(builder, folder):
     source.write_text("# %% [markdown]\n# new\n\n" + source.read_text() + "\n# %%\nIntSlider(3)\n"
                       "\n# %%\nIntSlider(3)\n")  # fmt: skip
     after = [cell.id for cell in builder.read_source(source).cells]
-    assert after[1:6] == before
-    assert after[7] == f"{after[6]}-2"
+    assert after[1:-2] == before
+    assert after[-1] == f"{after[-2]}-2"
     assert len(set(after)) == len(after)
