@@ -200,7 +200,8 @@ FREESPACE = 'Trevor "Freespace"'
 CC_BY, CC0, PUBLIC = "CC-BY-4.0", "CC0-1.0", "public-domain"
 _CHINA = ("scikit-learn", f"{_SKLEARN}/china.jpg", "danielbuechele", "CC-BY-2.0")
 
-# Six crops each; none shows anything of a cut-out's class. A photograph is in one split only.
+# Six crops each, of places and textures; only the living room has things of a cut-out's class in
+# it, unlabelled (a bottle, a glass, a pepper mill). A photograph is in one split only.
 BACKGROUNDS = [
     _lomiri("aitzgorri", "aitzgorri_by_Aitzol_Berasategi", AITZOL, CC_BY, "hills", "train"),
     _lomiri("life", "life_by_Aitzol_Berasategi", AITZOL, CC_BY, "brook", "train"),
