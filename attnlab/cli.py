@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from attnlab_command import load_alone
@@ -63,7 +64,21 @@ def open_lab(chapter: str, options: Sequence[str] = ()) -> int:
         raise ValueError('JupyterLab is not installed: pip install "attnlab[lab]"')
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         options = ["--allow-root", *options]  # root is all that a container has
-    return run([sys.executable, "-m", "jupyterlab", str(notebook), *options])
+    trust(sorted(CHAPTERS.glob("*.ipynb")))
+    # From the root, so that a chapter's links to the library's files open too.
+    root = f"--ServerApp.root_dir={CHAPTERS.parent}"
+    return run([sys.executable, "-m", "jupyterlab", root, str(notebook), *options])
+
+
+def trust(notebooks: list[Path]) -> None:
+    """Sign the course's own notebooks: JupyterLab shows no saved explorer of an unsigned one."""
+    from nbformat import NO_CONVERT, read
+    from nbformat.sign import NotebookNotary
+
+    notary = NotebookNotary()
+    for path in notebooks:
+        with suppress(ValueError, OSError, AttributeError):  # damaged: JupyterLab will say so
+            notary.sign(read(path, NO_CONVERT))
 
 
 def find_chapter(chapter: str) -> Path:

@@ -15,8 +15,7 @@ ATTNLAB = ["-m", "attnlab_command"]
 
 COMMANDS = {
     "setup": [],
-    # From the root, so that a chapter's links to the library's files open too.
-    "lab": [["-m", "jupyterlab", "--ServerApp.root_dir=.", "chapters/00_start_here.ipynb"]],
+    "lab": [[*ATTNLAB, "lab"]],
     "test": [*LINT, TESTS],
     "lint": LINT,
     "format": [["-m", "ruff", "check", "--fix", "."], ["-m", "ruff", "format", "."]],
@@ -34,8 +33,6 @@ def command_lines(name: str, extra: list[str]) -> list[list[str]]:
     """
     if name == "bench":
         return [[*line, *extra] for line in COMMANDS[name]]
-    if name == "lab" and hasattr(os, "geteuid") and os.geteuid() == 0:
-        extra = ["--allow-root", *extra]  # root is all that a container has; Jupyter wants it said
     *first, last = COMMANDS[name] or [[]]
     return [*first, [*last, *extra]] if last else []
 

@@ -4,7 +4,9 @@ import subprocess
 import sys
 import types
 
+import nbformat
 import pytest
+from nbformat.sign import NotebookNotary
 
 import attnlab_command
 from attnlab import cli
@@ -16,6 +18,7 @@ def chapters(tmp_path, monkeypatch):
         (tmp_path / f"{name}.ipynb").write_text("{}")
     (tmp_path / "README.md").write_text("")
     monkeypatch.setattr(cli, "CHAPTERS", tmp_path)
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     return tmp_path
 
 
@@ -66,7 +69,8 @@ def test_a_chapter_by_its_number_or_name(chapters, word, name):
 
 
 def test_lab_opens_jupyter_on_the_chapter(chapters, started):
-    jupyter = [sys.executable, "-m", "jupyterlab"]
+    root = f"--ServerApp.root_dir={chapters.parent}"
+    jupyter = [sys.executable, "-m", "jupyterlab", root]
     assert cli.main(["lab"]) == 0
     assert cli.main(["lab", "spformer", "--no-browser", "--port=8889"]) == 0
     assert started == [
@@ -78,7 +82,18 @@ def test_lab_opens_jupyter_on_the_chapter(chapters, started):
 def test_lab_as_root_says_so_to_jupyter(chapters, started, monkeypatch):
     monkeypatch.setattr(cli.os, "geteuid", lambda: 0, raising=False)
     cli.main(["lab", "1", "--no-browser"])
-    assert started[0][4:] == ["--allow-root", "--no-browser"]
+    assert started[0][5:] == ["--allow-root", "--no-browser"]
+
+
+def test_saved_outputs_are_trusted_and_a_damaged_notebook_does_no_harm(chapters, started):
+    cell = nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("display_data", {})])
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    nbformat.write(notebook, chapters / "01_attention.ipynb")
+    (chapters / "10_spformer.ipynb").write_text("{")
+    assert not NotebookNotary().check_signature(notebook)
+    assert cli.main(["lab"]) == 0
+    assert NotebookNotary().check_signature(notebook)
+    assert len(started) == 1
 
 
 def failure(capsys, *arguments: str) -> str:

@@ -182,12 +182,8 @@ def test_tests_are_lint_and_one_strict_run_of_pytest():
     assert commands.command_lines("setup", []) == []
 
 
-@pytest.mark.parametrize(("user", "expected"), [(0, ["--allow-root"]), (1000, [])])
-def test_root_may_open_the_lab(monkeypatch, user, expected):
-    monkeypatch.setattr(os, "geteuid", lambda: user, raising=False)
-    (line,) = commands.command_lines("lab", ["--port=1"])
-    assert line[:2] == ["-m", "jupyterlab"]
-    assert line[3:] == ["chapters/00_start_here.ipynb", *expected, "--port=1"]
+def test_lab_is_the_command_of_that_name():
+    assert commands.command_lines("lab", ["1"]) == [["-m", "attnlab_command", "lab", "1"]]
 
 
 def test_a_command_runs_inside_venv_with_two_threads(monkeypatch):
