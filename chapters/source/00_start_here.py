@@ -28,6 +28,7 @@
 # %% slideshow={"slide_type": "skip"}
 import matplotlib.pyplot as plt
 import torch
+from torch.nn import functional as F
 
 import attnlab
 from attnlab import lab
@@ -66,11 +67,11 @@ print("the truth is:  ", test.classes[test[4]["label"]])
 # ## 2 · How a page works
 #
 # **A claim** is a sentence that a cell has just measured. It prints a tick, or it fails and tells
-# the number. Every result that the text relies on is one, and the automatic tests of this course
-# run all of them.
+# the number. The important results are claims, and the automatic tests of this course run them.
 
 # %% slideshow={"slide_type": "fragment"}
 accuracy = lab.train.accuracy(model, test)
+print(f"right on {accuracy:.0%} of {len(test)} images")
 lab.claim("the model is right far more often than chance (1 in 8)", accuracy, above=0.5)
 
 # %% [markdown] slideshow={"slide_type": "subslide"}
@@ -121,6 +122,19 @@ print(len(maps), "layers;", "each", tuple(weights.shape), "= (batch, heads, quer
 lab.claim("each query's weights sum to one", weights.sum(-1).sub(1).abs().max().item(), below=1e-4)
 
 # %% [markdown] slideshow={"slide_type": "subslide"}
+# **Your guess.** Of what the background's patches give to patches in the last layer, how much goes to
+# the object? `saliency` is the set's own mask of where the object is.
+
+# %% slideshow={"slide_type": "fragment"}
+covered = F.avg_pool2d(test[4]["saliency"][None, None].float(), 8).flatten()  # share of each patch
+patches = weights[0, :, 1:, 1:].cpu()  # without the class token: (heads, 64 queries, 64 keys)
+background = patches[:, covered == 0]
+to_object = (background @ covered).sum(dim=-1) / background.sum(dim=(1, 2))
+print("head by head", [f"{share:.0%}" for share in to_object.tolist()])
+print(f"the object covers {covered.mean():.0%} of the image")
+lab.claim("the background looks at the object", to_object.mean().item(), above=0.5)
+
+# %% [markdown] slideshow={"slide_type": "subslide"}
 # There are 64 patches and one class token, so 65 tokens; row 0 belongs to the class token. Its
 # weights on the 64 patches are a picture:
 
@@ -135,7 +149,8 @@ plt.show()
 # Everything runs offline from the folder `data/`. Three sets have exact answers for *where* things
 # are, because we made them: **parts** (drawn, with a tree of objects and their parts), **scenes**
 # (photographed cut-outs on photographs) and **clips** (scenes in motion, with the exact flow). A
-# few whole **photographs** are there to look at. `data/CREDITS.md` names every author.
+# few whole **photographs** are there to look at. `data/CREDITS.md` names every author. (The cut-outs
+# are under the GPL-2.0-or-later, and so are the next two figures, which show them.)
 
 # %% slideshow={"slide_type": "fragment"}
 scenes = lab.data.load("scenes", "test_scenes", n=4)
@@ -194,7 +209,8 @@ print("device:", device, "· PyTorch", torch.__version__)
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # **What you have now.** You can run cells, predict before you look, check your code, record a
-# model's attention, and you know that the colours are weights that sum to one, no more.
+# model's attention, and you know what the colours are: weights, stretched so that the largest on a
+# patch is brightest. A token's weights on all 65 tokens sum to one, and that is all they promise.
 #
 # **Where next.** [Chapter 01](01_attention.ipynb) builds what you just looked at, from the formula
 # up.

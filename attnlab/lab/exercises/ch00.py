@@ -30,7 +30,8 @@ NORMALIZE = Exercise(
     solution=normalize,
     cases=_cases,
     hints=(
-        "A row is one query. Which axis do you sum over to get one number for each row?",
+        "A row is one query: sum over its keys, the last axis, and keep that axis (keepdim=True), "
+        "or the shapes do not fit each other.",
         "scores.sum(dim=-1, keepdim=True) has the shape (queries, 1), and dividing by it "
         "divides each row.",
     ),

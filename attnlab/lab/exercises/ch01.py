@@ -160,7 +160,8 @@ MERGE_BLOCKS = Exercise(
     solution=merge_blocks,
     cases=_merge_cases,
     hints=(
-        "l1 and l2 were summed against different maxima. Bring both to the new one before adding.",
+        "l1 and l2 were summed against different maxima: bring both to the new one before adding. "
+        "And o has one axis more than m and l.",
         "exp(s − m) = exp(s − m1) · exp(m1 − m): one factor per query turns l1 and o1 into sums "
         "against the new maximum m.",
         "m = maximum(m1, m2); scale1 = exp(m1 − m); l = scale1·l1 + scale2·l2; o likewise, with "

@@ -66,8 +66,8 @@ VIT_PARAMETERS = Exercise(
             _vit_without(lambda dim, depth, patches, classes: (patches + 1) * dim),
         ),
         (
-            "You are short by dim. The class token is a learned vector, and it has a position as "
-            "well: there is one position more than there are patches.",
+            "You are short by dim: the class token is a learned vector and has a position as well; "
+            "or the bias of the patch embedding is missing.",
             _vit_without(lambda dim, depth, patches, classes: dim),
         ),
         (
@@ -76,7 +76,7 @@ VIT_PARAMETERS = Exercise(
             _vit_without(lambda dim, depth, patches, classes: (patches + 2) * dim),
         ),
         (
-            "You are short by 2·dim: the class token itself, and its position.",
+            "You are short by 2·dim: the class token and its position, or the last LayerNorm.",
             _vit_without(lambda dim, depth, patches, classes: 2 * dim),
         ),
         (

@@ -5,7 +5,7 @@ Each function trains small models at one budget and returns `{row: {metric: valu
 """
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from attnlab.attention import VisionTransformer, scaled_dot_product_attention, vit_mini
@@ -172,18 +172,27 @@ def retrieval(seed: int, device) -> dict:
 
 
 def parts(seed: int, device) -> dict:
-    """The model of the shipped checkpoint: `vit_mini` on the default parts task."""
+    """`vit_mini` on the default parts task in 1,200 steps: four minutes of two cores at most."""
     train.seed_everything(seed)
     model = vit_mini(num_classes=8)
-    fit_vit_mini(model, seed, device, steps=1_200)
+    fold_normalization(model, mean=0.41, std=0.21)  # of the training images, over all colors
+    fit_vit_mini(model, seed, device, steps=1_200, progress=False)
     test = data.load("parts", "test", n=2_000)
     return {"vit_mini": {"accuracy": train.accuracy(model, test, device=device)}}
 
 
-def fit_vit_mini(model: nn.Module, seed: int, device, *, steps: int, **options):
-    """The recipe of the shipped `vit_mini_parts` checkpoint."""
+@torch.no_grad()
+def fold_normalization(model: VisionTransformer, mean: float, std: float) -> None:
+    """Let a model that is fed images in [0, 1] start as if they were (image − mean) / std."""
+    proj = model.patch_embed.proj
+    proj.weight.div_(std)
+    proj.bias.sub_(mean * reduce(proj.weight, "d c p q -> d", "sum"))
+
+
+def fit_vit_mini(model: nn.Module, seed: int, device, **options):
+    """20,000 images of the default parts task, shifted and mirrored; `options` are `fit`'s."""
     samples = data.load("parts", "train", n=20_000)
     return train.fit(
-        model, samples, steps=steps, batch_size=64, lr=1e-3, seed=seed, device=device,
+        model, samples, batch_size=64, lr=1e-3, seed=seed, device=device,
         augment=train.flip_and_shift, **options,
     )  # fmt: skip
