@@ -19,7 +19,7 @@
 # | | |
 # |---|---|
 # | to read | 15 minutes |
-# | to run | under half a minute on two CPU cores |
+# | to run | about ten seconds on two CPU cores |
 # | you need | Python, a little PyTorch, what a convolution is |
 #
 # Run a cell with **Shift + Enter**. Go on to the next one: your first attention map is two cells

@@ -19,7 +19,7 @@
 # | | |
 # |---|---|
 # | to read | 60 minutes, exercises another 55 |
-# | to run | about 2 minutes on two CPU cores |
+# | to run | about half a minute on two CPU cores |
 # | you need | chapter 00 (how to run and check), a convolution, a softmax |
 # | papers | Vaswani et al. 2017, *Attention is all you need* · Dosovitskiy et al. 2021, *ViT* · Touvron et al. 2021, *DeiT* |
 
