@@ -81,15 +81,15 @@ def use(explorer: ExplorerPage) -> None:
     explorer.point(5)
     assert explorer.state("token") == "5"
     assert (over_5 := explorer.pixels()) != before
-    explorer.point(8)
-    assert explorer.state("token") == "8"
+    explorer.point(6)
+    assert explorer.state("token") == "6"
     assert explorer.pixels() not in (before, over_5)
 
-    explorer.click(8)
-    explorer.point(9)  # pinned: the pointer reads weights, the map stays
-    assert (explorer.state("token"), explorer.state("hovered")) == ("8", "9")
+    explorer.click(6)
+    explorer.point(7)  # pinned: the pointer reads weights, the map stays
+    assert (explorer.state("token"), explorer.state("hovered")) == ("6", "7")
     explorer.picture.press("ArrowRight")
-    assert (explorer.state("token"), explorer.state("pinned")) == ("9", "true")
+    assert (explorer.state("token"), explorer.state("pinned")) == ("7", "true")
     explorer.picture.press("Escape")
     assert explorer.state("pinned") == "false"
 

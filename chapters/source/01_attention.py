@@ -330,7 +330,8 @@ def draw_softmax(dim=64, temperature=1.0, divide_by_root_d=True):
     q, k = torch.randn(dim, generator=generator), torch.randn(40, dim, generator=generator)
     scores = k @ q / (math.sqrt(dim) if divide_by_root_d else 1) / temperature
     weights = scores.softmax(dim=-1).sort(descending=True).values
-    ax = plt.figure(figsize=(6, 2.2), layout="constrained").add_subplot()
+    with plots.style():
+        ax = plt.figure(figsize=(6, 2.2)).add_subplot()
     ax.bar(range(40), weights)
     ax.set(xlabel="key, sorted", ylabel="weight", ylim=(0, 1), title="who gets the weight?")
     plt.show()
@@ -532,9 +533,8 @@ for name, weights in maps.items():
 # %% slideshow={"slide_type": "fragment"}
 rollout = attention_rollout(maps)[0, 0, 1:].reshape(8, 8).cpu()
 last = list(maps.values())[-1][0, :, 0, 1:].mean(dim=0).reshape(8, 8).cpu()
-plots.show_images([image], ["the image"], size=2.4)
-plots.overlay(image, last, "class token, last block")
-plots.overlay(image, rollout, "rollout of all six blocks")
+titles = ["class token, last block", "rollout of all blocks"]
+plots.overlay(image, torch.stack([last, rollout]), titles, size=2.8)
 plt.show()
 
 # %% [markdown] slideshow={"slide_type": "subslide"}
