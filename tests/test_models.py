@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnlab.attention import (
+    MultiHeadAttention,
     VisionTransformer,
     deit_base,
     deit_small,
@@ -18,6 +19,7 @@ from attnlab.attention import (
     sincos_pos_embed,
     vit_mini,
 )
+from attnlab.layers import LayerNorm2d
 
 # DeiT, Table 1: millions of parameters, and with the distillation token; spec 2.3 for exact counts.
 PUBLISHED = [
@@ -195,10 +197,24 @@ def test_battery(options, device):
     battery.battery(make, images(device=device), sizes=sizes, compiles=not options)
 
 
+COMPILED = {
+    "ViT": lambda: (small(depth=1), images()),
+    "ViT, explicit": lambda: (small(depth=1, impl="explicit"), images()),
+    "attention, blockwise": lambda: (MultiHeadAttention(16, 2, impl="blockwise"), tokens()),
+    "cross-attention": lambda: (MultiHeadAttention(16, 2), tokens(), tokens(count=5)),
+    "LayerNorm2d": lambda: (LayerNorm2d(3), images()),
+}
+
+
 @pytest.mark.needs("compiler")
-def test_compiled_for_real():
-    model = small(depth=1)
-    battery.check_compiles(model, images(), backend="inductor", dtype=torch.float32, tol=1e-3)
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_for_real(name):
+    module, *inputs = COMPILED[name]()
+    battery.check_compiles(module, *inputs, backend="inductor", dtype=torch.float32, tol=1e-3)
+
+
+def tokens(count: int = 9) -> torch.Tensor:
+    return torch.randn(2, count, 16, generator=torch.Generator().manual_seed(count))
 
 
 def test_without_positions_the_order_of_patches_does_not_matter_and_with_them_it_does():
