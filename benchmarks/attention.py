@@ -7,7 +7,6 @@ Memory is measured with each variant in a process of its own. Run it on a quiet 
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ import torch
 from einops import rearrange
 
 from attnlab.attention import scaled_dot_product_attention
-from attnlab.lab.files import atomic_write
+from attnlab.lab.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 IMPLS = ("explicit", "fused", "blockwise")
@@ -206,8 +205,7 @@ def main() -> None:
     ]))  # fmt: skip
 
     path = RESULTS / f"attention-{args.machine}{'-quick' if args.quick else ''}.json"
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(path, results)
     print(f"\n{path}")
 
 
