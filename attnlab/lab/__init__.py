@@ -9,8 +9,8 @@ from importlib import import_module
 import torch
 
 _SUBMODULES = (
-    "checkpoints", "claims", "cost", "data", "doctor", "exercises", "files", "metrics", "plots",
-    "results", "toys", "train", "widgets",
+    "checkpoints", "claims", "cost", "data", "doctor", "exercises", "files", "gradcam", "metrics",
+    "plots", "results", "toys", "train", "widgets",
 )  # fmt: skip
 _FUNCTIONS = {
     "check": "exercises",
