@@ -6,6 +6,7 @@ from timm.models import register_model
 from torch import nn
 
 from attnlab.attention import deit_base, deit_small, deit_tiny, vit_mini
+from attnlab.resnet import resnet_mini
 
 
 def _register(factory: Callable[..., nn.Module]) -> None:
@@ -29,5 +30,5 @@ def _register(factory: Callable[..., nn.Module]) -> None:
     register_model(create)
 
 
-for _factory in (deit_tiny, deit_small, deit_base, vit_mini):
+for _factory in (deit_tiny, deit_small, deit_base, vit_mini, resnet_mini):
     _register(_factory)
