@@ -7,18 +7,15 @@ Prints a Markdown table, with ratios within this run, and writes benchmarks/resu
 and one pass over all batches as floats. Run it on a quiet machine.
 """
 
-import argparse
 import os
-import platform
 import statistics
 import tempfile
 import time
 
 import torch
-from attention import RESULTS, machine, table
+from _common import arguments, table, write
 
 from attnlab.lab import data
-from attnlab.lab.files import write_json
 
 BATCH = 256
 SETS = {  # row → (name, samples, options); the first is what the others are compared with
@@ -48,14 +45,10 @@ def rates(name: str, n: int, options: dict, repeats: int) -> tuple[float, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--machine", default=platform.node(), help="name of the results file")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="an eighth of the samples, one run")
-    args = parser.parse_args()
+    args = arguments(__doc__, quick="an eighth of the samples, one run").parse_args()
     torch.set_num_threads(args.threads)
 
-    results = {"machine": machine(args.machine, "cpu", args.threads), "samples_a_second": {}}
+    results = {"samples_a_second": {}}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ATTNLAB_CACHE"] = folder
         for row, (name, n, options) in SETS.items():
@@ -72,9 +65,7 @@ def main() -> None:
          rate["from_cache"], f"{rate['from_cache'] / one:.1f}"]
         for row, rate in measured.items()
     ]))  # fmt: skip
-    path = RESULTS / f"data-{args.machine}{'-quick' if args.quick else ''}.json"
-    write_json(path, results)
-    print(f"\n{path}")
+    write("data", args, results)
 
 
 if __name__ == "__main__":

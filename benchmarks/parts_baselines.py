@@ -7,11 +7,8 @@ the pixels, and `vit_mini`, each on the same images; prints their test accuracy 
 benchmarks/results/parts_baselines-NAME.json.
 """
 
-import argparse
-import platform
-
 import torch
-from attention import RESULTS, machine, table
+from _common import arguments, table, write
 from einops import rearrange
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize
@@ -19,7 +16,6 @@ from torchvision.transforms.v2 import Normalize
 from attnlab.attention import vit_mini
 from attnlab.lab import data
 from attnlab.lab.batches import flip_and_shift
-from attnlab.lab.files import write_json
 from attnlab.lab.train import accuracy, fit
 
 BINS = 4  # of each color channel
@@ -60,12 +56,9 @@ def models() -> dict[str, tuple[nn.Module, dict]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--machine", default=platform.node(), help="name of the results file")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = arguments(__doc__, quick="few images and steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="the rows to train")
-    parser.add_argument("--quick", action="store_true", help="few images and steps")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train = data.load("parts", "train", n=512 if args.quick else 20_000)
@@ -77,9 +70,11 @@ def main() -> None:
         if args.only and row not in args.only:
             continue
         steps = 20 if args.quick else recipe["steps"]
-        history = fit(model, train, **{**recipe, "steps": steps}, seed=args.seed, device="cpu")
+        history = fit(
+            model, train, **{**recipe, "steps": steps}, seed=args.seed, device=args.device
+        )
         measured[row] = {
-            "accuracy": accuracy(model, test),
+            "accuracy": accuracy(model, test, device=args.device),
             "steps": steps,
             "seconds": round(history.seconds, 1),
         }
@@ -87,9 +82,7 @@ def main() -> None:
         [row, f"{cell['accuracy']:.3f}", cell.get("steps", "–"), cell.get("seconds", "–")]
         for row, cell in measured.items()
     ]))  # fmt: skip
-    path = RESULTS / f"parts_baselines-{args.machine}{'-quick' if args.quick else ''}.json"
-    write_json(path, {"machine": machine(args.machine, "cpu", args.threads), "rows": measured})
-    print(f"\n{path}")
+    write("parts_baselines", args, {"rows": measured})
 
 
 if __name__ == "__main__":

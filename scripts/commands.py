@@ -22,7 +22,7 @@ COMMANDS = {
     "chapters": [["scripts/build_chapters.py"]],
     "results": [[*ATTNLAB, "results"]],
     "doctor": [[*ATTNLAB, "doctor"]],
-    "bench": [[f"benchmarks/{path.name}"] for path in sorted(ROOT.glob("benchmarks/*.py"))],
+    "bench": [[f"benchmarks/{path.name}"] for path in sorted(ROOT.glob("benchmarks/[!_]*.py"))],
 }
 
 
