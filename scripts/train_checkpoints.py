@@ -5,13 +5,16 @@ stopped goes on where it was (`runs/NAME`).
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from attnlab import lab
 from attnlab.attention import vit_mini
+from attnlab.channel import se_resnet_mini
 from attnlab.lab import checkpoints, data, train
-from attnlab.lab.experiments import ch01
+from attnlab.lab.experiments import ch01, ch03
 from attnlab.lab.files import data_dir, repo_root
 
 
@@ -37,7 +40,38 @@ def vit_mini_parts(name: str, seed: int, device: torch.device) -> None:
     )
 
 
-CHECKPOINTS = {"vit_mini_parts": vit_mini_parts}
+def scenes_recipe(
+    name: str, factory: Callable[..., nn.Module], seed: int, device: torch.device
+) -> None:
+    """Train a factory of small ResNets on the default scenes, the same for every one of them."""
+    train.seed_everything(seed)
+    model = factory(num_classes=8)
+    run_dir = repo_root() / "runs" / name
+    history = ch03.fit_scenes(model, seed, device, steps=2_500, run_dir=run_dir)
+    checkpoints.save(
+        data_dir() / "checkpoints" / name,
+        model,
+        factory=f"{factory.__module__}.{factory.__name__}",
+        arguments={"num_classes": 8},
+        command=f"python scripts/train_checkpoints.py {name} --seed {seed}",
+        seed=seed,
+        device=device,
+        seconds=history.seconds,
+        metrics=ch03.scenes_accuracy(model, device),
+        data={"name": "scenes", "split": "train", "n": 8_192, "size": 64},
+        probe_image="chelsea",
+    )
+
+
+def resnet_mini_se_scenes(name: str, seed: int, device: torch.device) -> None:
+    """Chapter 03: `resnet_mini` with squeeze-and-excitation."""
+    scenes_recipe(name, se_resnet_mini, seed, device)
+
+
+CHECKPOINTS = {
+    "vit_mini_parts": vit_mini_parts,
+    "resnet_mini_se_scenes": resnet_mini_se_scenes,
+}
 
 
 def main() -> None:
