@@ -12,10 +12,12 @@ from torch import nn
 
 from attnlab import lab
 from attnlab.attention import vit_mini
+from attnlab.cbam import cbam_resnet_mini
 from attnlab.channel import se_resnet_mini
 from attnlab.lab import checkpoints, data, train
 from attnlab.lab.experiments import ch01, ch03
 from attnlab.lab.files import data_dir, repo_root
+from attnlab.resnet import resnet_mini
 
 
 def vit_mini_parts(name: str, seed: int, device: torch.device) -> None:
@@ -68,9 +70,21 @@ def resnet_mini_se_scenes(name: str, seed: int, device: torch.device) -> None:
     scenes_recipe(name, se_resnet_mini, seed, device)
 
 
+def resnet_mini_scenes(name: str, seed: int, device: torch.device) -> None:
+    """Chapter 04: `resnet_mini` without any block, to compare with."""
+    scenes_recipe(name, resnet_mini, seed, device)
+
+
+def resnet_mini_cbam_scenes(name: str, seed: int, device: torch.device) -> None:
+    """Chapter 04: `resnet_mini` with CBAM."""
+    scenes_recipe(name, cbam_resnet_mini, seed, device)
+
+
 CHECKPOINTS = {
     "vit_mini_parts": vit_mini_parts,
     "resnet_mini_se_scenes": resnet_mini_se_scenes,
+    "resnet_mini_scenes": resnet_mini_scenes,
+    "resnet_mini_cbam_scenes": resnet_mini_cbam_scenes,
 }
 
 
