@@ -3,7 +3,8 @@
 An experiment is a plain function in `attnlab/lab/experiments/chNN.py`, whose parameters are
 `(seed, device)` or `(seed, device, rows=None)` and which returns `{row: {metric: number}}`. With
 `CHAPTER = "01_attention"` in that module, its function `positions` is called
-"01_attention.positions", and its table lies in `results/01_attention.positions.json`. `rows`, where
+"01_attention.positions", and its table lies in `results/01_attention.positions.json`; a second
+module of the chapter is `chNN_topic.py`, with the same CHAPTER. `rows`, where
 an experiment takes it, are the rows that are wanted. A module may name one small table row for the
 test that re-runs one seed of it: `RERUN = ("positions", "row")`.
 
@@ -193,8 +194,8 @@ def _experiment(name: str) -> Callable[..., Rows]:
 
 
 def _module(name: str) -> Any:
-    chapter = name.partition(".")[0]
-    return next(module for module in _modules() if chapter == module.CHAPTER)
+    chapter, _, experiment = name.partition(".")
+    return next(m for m in _modules() if chapter == m.CHAPTER and experiment in vars(m))
 
 
 def _code(name: str) -> str:
