@@ -91,9 +91,10 @@ class InterlacedSparseAttention(nn.Module):
 
     `(B, channels, H, W)` → the same shape. N×N weights as a product of two block-sparse matrices,
     with one path between any two positions, where H and W are multiples of the cell: a cell that
-    the border cuts lacks some places, and with them the way to all positions of these. Costs 2 · N · (N / P² + P²) multiply-accumulates per
-    channel for a cell of P×P, least at P² = √N. The context is concatenated with x, and mixed by a
-    1×1 convolution: openseg's module, 2,366,464 parameters for 512 channels. Its state_dict loads.
+    the border cuts lacks some places, and with them the way to all positions of these. Costs
+    2 · N · (N / P² + P²) multiply-accumulates per channel for a cell of P×P, least at P² = √N. The
+    context is concatenated with x, and mixed by a 1×1 convolution: this is openseg's module,
+    2,366,464 parameters for 512 channels, and its state_dict loads.
 
     Args:
         cell: side P of a cell, or (P_h, P_w).

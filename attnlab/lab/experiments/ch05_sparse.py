@@ -135,7 +135,7 @@ def corrupted(images: Tensor, kind: str, level: float, seed: int = 0) -> Tensor:
 
 
 def robustness(seed: int, device, rows: Sequence[str] = tuple(LAYERS)) -> dict:
-    """Is sparser more robust? Trained on clean parts of 32 px, tested on spoiled ones; 600 steps."""
+    """Is sparser more robust? 600 steps on clean parts of 32 px, tests on spoiled ones."""
     samples = data.load("parts", "train", n=10_000, size=32)
     test = data.load("parts", "test", n=2_000, size=32).batch(torch.arange(2_000))
     spoiled = {"clean": test["image"]}
