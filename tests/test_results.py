@@ -8,7 +8,13 @@ import pytest
 from attnlab.lab import experiments, files, results
 
 STORED = sorted(path.stem for path in (files.repo_root() / "results").glob("*.json"))
-CHAPTERS = sorted(module.name for module in pkgutil.iter_modules(experiments.__path__))
+# A chapter in the making has experiments whose tables are still to be computed.
+WRITTEN = {path.stem for path in (files.repo_root() / "chapters" / "source").glob("*.py")}
+CHAPTERS = sorted(
+    module.name
+    for module in pkgutil.iter_modules(experiments.__path__)
+    if import_module(f"{experiments.__name__}.{module.name}").CHAPTER in WRITTEN
+)
 
 
 @pytest.mark.parametrize("name", STORED)
