@@ -4,8 +4,7 @@ Papers: Fu et al. 2019, "Dual Attention Network for Scene Segmentation" (arXiv:1
 al. 2018, "OCNet: Object Context Network for Scene Parsing" (arXiv:1809.00916v1). The idea: a pixel
 is classified better when it has heard the pixels that belong with it, wherever they lie. DANet lets
 every position hear every position, and every channel every channel: one equation, on X and on its
-transpose. OCNet wants to average over the pixels of one object and compares one embedding with
-itself for it. Neither divides the map into windows; what does is in `attnlab.sparse`.
+transpose. OCNet wants to average over one object, and compares one embedding with itself for it.
 
 What differs from the papers is what their public codes do (DANet 2020, OCNet v1), whose
 state_dicts load strictly: queries and keys of DANet have C/8 channels, and its channel attention is
@@ -13,6 +12,7 @@ a softmax of *minus* the similarities. Ours is that "fused" never stores the N×
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -73,10 +73,7 @@ def position_attention(
 def position_weights(
     q: Tensor, k: Tensor, *, scale: float = 1.0, mask: Tensor | None = None
 ) -> Tensor:
-    """The weights of `position_attention`, `(B, 1, N, N)` with N = H·W; row i is position i's.
-
-    `mask`: True = may attend, broadcastable to the weights.
-    """
+    """The weights of `position_attention`, `(B, 1, N, N)`; `mask`: True = may attend."""
     q, k = (rearrange(x, "b c h w -> b 1 (h w) c") for x in (q, k))
     return attention_weights(q, k, mask=mask, scale=scale)
 
@@ -140,7 +137,7 @@ def channel_weights(x: Tensor, mode: str = "code", temperature: float = 0.1) -> 
         ValueError: an unknown `mode`; a `temperature` that is not positive.
     """
     rows, scale = _channel_rows(x, mode, temperature)
-    with torch.autocast(x.device.type, enabled=False):
+    with _full_precision(x):
         return attention_weights(rows, rows, scale=scale)
 
 
@@ -157,6 +154,12 @@ def _channel_rows(x: Tensor, mode: str, temperature: float) -> tuple[Tensor, flo
     return rows, {"code": -1.0, "paper": 1.0}[mode]
 
 
+def _full_precision(x: Tensor) -> AbstractContextManager:
+    """No autocast on the device of `x` (there is none on "meta", where costs are counted)."""
+    available = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if available else nullcontext()
+
+
 class ChannelSelfAttention(nn.Module):
     """DANet's channel attention module: X + γ · softmax(∓X Xᵀ) X over channels, γ = 0 at first.
 
@@ -170,8 +173,7 @@ class ChannelSelfAttention(nn.Module):
         mode, temperature: as in `channel_weights`.
         impl: "auto" is "explicit": C is small beside N. "fused" never stores the C×C weights.
 
-    Raises `ValueError` for an unknown `mode` or `impl`, a `temperature` that is not positive, and
-    an input that is no map.
+    Raises `ValueError` as `channel_weights`, for an unknown `impl` and an input that is no map.
     """
 
     def __init__(self, mode: str = "code", temperature: float = 0.1, impl: str = "auto"):
@@ -190,7 +192,7 @@ class ChannelSelfAttention(nn.Module):
             context = weights.to(x.dtype) @ values
         else:
             rows, scale = _channel_rows(x, self.mode, self.temperature)
-            with torch.autocast(x.device.type, enabled=False):
+            with _full_precision(x):
                 context = scaled_dot_product_attention(
                     rows, rows, values.to(rows.dtype), scale=scale, impl=self.impl
                 )

@@ -235,6 +235,14 @@ def test_energies_are_float32_under_autocast(device):
     torch.testing.assert_close(recorded[""], channel_weights(x))
 
 
+def test_costs_can_be_counted_without_numbers():
+    with torch.device("meta"):
+        head, x = DANetHead(64, 5), torch.empty(1, 64, 6, 7)
+        assert [tuple(y.shape) for y in head(x)] == [(1, 5, 6, 7)] * 3
+        fused = ChannelSelfAttention(impl="fused")(x)
+    assert fused.shape == x.shape
+
+
 @given(seed=st.integers(0, 10**6), height=st.integers(1, 4), width=st.integers(1, 4))
 @settings(max_examples=10, deadline=None)
 def test_invariants(seed, height, width):
