@@ -89,8 +89,9 @@ def loop(module, x):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"order": "spatial_first"}, {"order": "parallel"}, {"no_spatial": True},
-    {"spatial_norm": None, "kernel_size": 3}, {"pools": ("max", "lp", "lse"), "mlp_bias": False},
+    {}, {"no_spatial": True},
+    {"order": "spatial_first", "spatial_norm": None, "kernel_size": 3},
+    {"order": "parallel", "pools": ("max", "lp", "lse"), "mlp_bias": False},
 ])  # fmt: skip
 def test_battery(options):
     battery.battery(

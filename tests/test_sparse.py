@@ -569,7 +569,7 @@ def test_the_arithmetic_is_that_of_the_formulas():
 )  # fmt: skip
 def test_memory_grows_less_than_quadratically(name, most):
     module = make(name).eval()
-    sides, used = (16, 32, 64), []
+    sides, used = (32, 64), []
     for side in sides:
         x = torch.randn(1, channels(module), side, side)
         with torch.no_grad():
