@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnlab.channel import IMPLS, excitation
+from attnlab.layers import check_map
 from attnlab.probe import Probe
 from attnlab.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet_mini
 
@@ -171,9 +172,7 @@ class ChannelAttention(nn.Module):
 
     def gate(self, x: Tensor) -> Tensor:
         """The factors, `(B, C, 1, 1)`; `attn_probe` sees them as `(B, C)`."""
-        channels = self.fc1.in_channels
-        if x.ndim != 4 or x.shape[1] != channels:
-            raise ValueError(f"x {tuple(x.shape)}: expected (B, {channels}, H, W)")
+        check_map(x, self.fc1.in_channels)
         gate = channel_gate(x, self.mlp, pools=self.pools, impl=self.impl)
         return rearrange(self.attn_probe(gate), "b c -> b c 1 1")
 
@@ -219,8 +218,7 @@ class SpatialAttention(nn.Module):
 
     def gate(self, x: Tensor) -> Tensor:
         """The factors, `(B, 1, H, W)`."""
-        if x.ndim != 4:
-            raise ValueError(f"x {tuple(x.shape)}: expected (B, C, H, W)")
+        check_map(x)
         return self.attn_probe(spatial_gate(x, self.logits, impl=self.impl))
 
     def logits(self, pooled: Tensor) -> Tensor:

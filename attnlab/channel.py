@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
+from attnlab.layers import check_map
 from attnlab.probe import Probe
 from attnlab.resnet import ResNet, conv, resnet50, resnet_mini, resnext50_32x4d
 
@@ -100,7 +101,7 @@ class SqueezeExcite(nn.Module):
         self.register_load_state_dict_pre_hook(_convert_linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_map(x, self.fc1.in_channels)
+        check_map(x, self.fc1.in_channels)
         z = x.mean((2, 3)) if self.squeeze == "avg" else x.amax((2, 3))  # (B, C)
         # A linear map of C numbers: faster than the 1×1 convolution of a 1×1 map that it equals.
         w1, w2 = (rearrange(fc.weight, "o i 1 1 -> o i") for fc in (self.fc1, self.fc2))
@@ -256,7 +257,7 @@ class SelectiveKernel(nn.Module):
         self.attn_probe = Probe()
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_map(x, self.channels)
+        check_map(x, self.channels)
         count = len(self.paths)
         inputs = x.chunk(count, dim=1) if self.split_input else [x] * count
         branches = [path(part) for path, part in zip(self.paths, inputs, strict=True)]
@@ -340,8 +341,3 @@ def _convert_linear(module, state_dict, prefix, *_) -> None:
         weight = state_dict.get(f"{prefix}{ours}.weight")
         if weight is not None and weight.ndim == 2:
             state_dict[f"{prefix}{ours}.weight"] = rearrange(weight, "o i -> o i 1 1")
-
-
-def _check_map(x: Tensor, channels: int) -> None:
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"x {tuple(x.shape)}: expected (B, {channels}, H, W)")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from attnlab.attention import attention_weights, scaled_dot_product_attention
 from attnlab.kernels import check_impl, check_inputs
+from attnlab.layers import check_map
 from attnlab.official import DANET, OCNET_ASP, OCNET_BASE, OCNET_PYRAMID, PAM, renaming, untie_qk
 from attnlab.probe import Probe
 
@@ -54,7 +55,7 @@ def position_attention(
     """
     check_impl(impl)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_map(x, name=name)
+        check_map(x, name=name)
     height, dv = q.shape[-2], v.shape[1]
     q, k, v = (rearrange(x, "b c h w -> b 1 (h w) c").contiguous() for x in (q, k, v))
     check_inputs(q, k, v, None)
@@ -108,7 +109,7 @@ class PositionAttention(nn.Module):
         self.register_load_state_dict_pre_hook(renaming(PAM))
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_map(x, self.value.in_channels)
+        check_map(x, self.value.in_channels)
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.impl == "explicit":
             weights = self.attn_probe(position_weights(q, k))  # (B, 1, N, N)
@@ -185,7 +186,7 @@ class ChannelSelfAttention(nn.Module):
         self.attn_probe = Probe()
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_map(x)
+        check_map(x)
         values = rearrange(x, "b c h w -> b 1 c (h w)")
         if self.impl in ("auto", "explicit"):
             weights = self.attn_probe(channel_weights(x, self.mode, self.temperature))
@@ -243,7 +244,7 @@ class DANetHead(nn.Module):
         self.register_load_state_dict_pre_hook(renaming(DANET))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        _check_map(x, self.reduce_position[0].in_channels)
+        check_map(x, self.reduce_position[0].in_channels)
         position = self.refine_position(self.position(self.reduce_position(x)))
         channel = self.refine_channel(self.channel(self.reduce_channel(x)))
         return [
@@ -320,7 +321,7 @@ class ObjectContext(nn.Module):
         """`relation`, `(B, N, N)` with rows that sum to 1, takes the place of the softmax, such as
         the oracle of `attnlab.heads.same_class`. N counts the positions of the pooled map.
         """
-        _check_map(x, self.value.in_channels)
+        check_map(x, self.value.in_channels)
         size = x.shape[2:]
         least = self.scale * self.regions
         if min(size) < least:
@@ -492,8 +493,3 @@ def _weighted(weights: Tensor, v: Tensor) -> Tensor:
 def _fusion(in_channels: int, out_channels: int, dropout: float, act_layer=LEAKY) -> nn.Sequential:
     layer = conv_norm_act(in_channels, out_channels, bias=True, act_layer=act_layer)
     return nn.Sequential(*layer, nn.Dropout2d(dropout))
-
-
-def _check_map(x: Tensor, channels: int | None = None, name: str = "x") -> None:
-    if x.ndim != 4 or x.shape[1] != (channels or x.shape[1]):
-        raise ValueError(f"{name} {tuple(x.shape)}: expected (B, {channels or 'C'}, H, W)")

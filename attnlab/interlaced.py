@@ -16,13 +16,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnlab.kernels import check_impl
-from attnlab.layers import pair
+from attnlab.layers import check_map, pair
 from attnlab.official import renaming
 from attnlab.probe import Probe
 from attnlab.sparse_blocks import (
     Axis,
     block_attention,
-    check_map,
     dense_map,
     dense_mask,
     dense_stages,

@@ -17,6 +17,12 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
+def check_map(x: Tensor, channels: int | None = None, name: str = "x") -> None:
+    """`ValueError` when `x` is not `(B, channels, H, W)`; None: any number of channels."""
+    if x.ndim != 4 or x.shape[1] != (channels or x.shape[1]):
+        raise ValueError(f"{name} {tuple(x.shape)}: expected (B, {channels or 'C'}, H, W)")
+
+
 class Mlp(nn.Module):
     """Linear, activation, Linear on the last axis: `(..., in_features)` → `(..., out_features)`."""
 

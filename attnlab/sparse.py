@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from attnlab.interlaced import InterlacedSparseAttention as InterlacedSparseAttention
 from attnlab.kernels import check_impl, scores_of
-from attnlab.layers import pair
+from attnlab.layers import check_map, pair
 from attnlab.official import PAM, renaming
 from attnlab.probe import Probe
 from attnlab.sparse_blocks import (
     Axis,
     block_attention,
     check_grids,
-    check_map,
     dense_map,
     dense_mask,
     dense_stages,

@@ -164,12 +164,6 @@ def check_grids(size: tuple[int, ...], **tensors: Tensor) -> None:
             raise ValueError(f"{name} {tuple(x.shape)}: expected (B, heads, {grid}, width)")
 
 
-def check_map(x: Tensor, channels: int) -> None:
-    """`ValueError` when `x` is not `(B, channels, H, W)`."""
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"x {tuple(x.shape)}: expected (B, {channels}, H, W)")
-
-
 def _sizes(rows: Axis, cols: Axis) -> tuple[int, int, int]:
     """Number of blocks, of queries of a block, of keys of a block."""
     queries, keys = rows.queries.shape[1] * cols.queries.shape[1], rows.keys.shape[1]

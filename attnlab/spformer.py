@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnlab.attention import MultiHeadAttention
-from attnlab.layers import DropPath, LayerNorm, LayerNorm2d, LayerScale, Mlp, pair
+from attnlab.layers import DropPath, LayerNorm, LayerNorm2d, LayerScale, Mlp, check_map, pair
 from attnlab.superpixel import expand, hard_labels, merge_heads, upsample_association
 from attnlab.superpixel_attention import (
     LayerScale2d,
@@ -230,8 +230,7 @@ class SPFormer(nn.Module):
         `p2s_logits`, `s2p_logits` (slots `(B, M, Sh, Sw, s², 9)`, the last None if it was skipped)
         and `logits`, the one of the two that `assoc` names.
         """
-        if x.ndim != 4 or x.shape[1] != self.stem[0].in_channels:
-            raise ValueError(f"x {tuple(x.shape)}: expected (B, {self.stem[0].in_channels}, H, W)")
+        check_map(x, self.stem[0].in_channels)
         self.grid(*x.shape[2:])
         pixels = self.stem(x)
         superpixels, info = self.first(pixels), []

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnlab.attention import MultiHeadAttention
+from attnlab.layers import check_map
 from attnlab.probe import Probe
 from attnlab.superpixel import (
     collect_means,
@@ -138,7 +139,7 @@ class SuperTokenAttention(nn.Module):
         self.attn_probe = Probe()
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_map(x, self.attn.proj.in_features)
+        check_map(x, self.attn.proj.in_features)
         pixels = to_cells(x, self.side)[:, None]
         with torch.no_grad():
             weights = local_logits(pixels, pixels.mean(-2)).softmax(-1)
@@ -192,7 +193,7 @@ class ContextCluster(nn.Module):
         self.proj = nn.Conv2d(num_heads * head_dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_map(x, self.proj.out_channels)
+        check_map(x, self.proj.out_channels)
         sizes = {"m": self.num_heads, "y": self.regions, "x": self.regions}
         if x.shape[2] % self.regions or x.shape[3] % self.regions:
             raise ValueError(
@@ -243,8 +244,3 @@ def _coordinates(images: Tensor) -> Tensor:
     like = {"dtype": images.dtype, "device": images.device}
     y, x = (torch.arange(size, **like) for size in images.shape[2:])
     return torch.stack(torch.meshgrid(y, x, indexing="ij")).expand(len(images), -1, -1, -1)
-
-
-def _check_map(x: Tensor, dim: int) -> None:
-    if x.ndim != 4 or x.shape[1] != dim:
-        raise ValueError(f"x {tuple(x.shape)}: expected (B, {dim}, H, W)")
