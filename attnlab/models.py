@@ -6,6 +6,14 @@ from timm.models import register_model
 from torch import nn
 
 from attnlab.attention import deit_base, deit_small, deit_tiny, vit_mini
+from attnlab.cbam import (
+    cbam_resnet18,
+    cbam_resnet34,
+    cbam_resnet50,
+    cbam_resnet101,
+    cbam_resnet_mini,
+)
+from attnlab.channel import se_resnet50, se_resnet_mini, sknet50
 from attnlab.resnet import resnet_mini
 
 
@@ -30,5 +38,9 @@ def _register(factory: Callable[..., nn.Module]) -> None:
     register_model(create)
 
 
-for _factory in (deit_tiny, deit_small, deit_base, vit_mini, resnet_mini):
+for _factory in (
+    *(deit_tiny, deit_small, deit_base, vit_mini),
+    *(resnet_mini, se_resnet_mini, se_resnet50, sknet50),
+    *(cbam_resnet_mini, cbam_resnet18, cbam_resnet34, cbam_resnet50, cbam_resnet101),
+):
     _register(_factory)
