@@ -261,7 +261,8 @@ class SuperpixelSegmenter(nn.Module):
     """Classify every superpixel; the association (Eq. 1) says which pixels are whose.
 
     Images `(B, in_chans, H, W)` → logits `(B, num_classes, H, W)`, as SETR's naive decoder: the
-    superpixels after the last block, LayerNorm, one linear layer, upsampling.
+    superpixels after the last block, LayerNorm, one linear layer, upsampling. For sizes
+    that are no multiples, see `to_whole_cells`.
 
     Args:
         backbone: its classifier is removed, and the norm before it is not used.
@@ -298,6 +299,15 @@ class SuperpixelSegmenter(nn.Module):
         return expand(values, logits, self.backbone.stem_stride, self.mode)
 
 
+def to_whole_cells(images: Tensor, side: int) -> Tensor:
+    """Continue images by their border, right and below, to multiples of `side`: `(B, C, H, W)`.
+
+    With `side=model.patch_size` any image fits; cut what the model says of it, `[..., :H, :W]`.
+    """
+    height, width = images.shape[2:]
+    return F.pad(images, (0, -width % side, 0, -height % side), mode="replicate")
+
+
 def to_superpixels(
     image: Tensor, model: SPFormer | None = None, *, side: int = 16, iters: int = 10
 ) -> Tensor:
@@ -306,8 +316,9 @@ def to_superpixels(
     Args:
         image: `(3, H, W)` or `(B, 3, H, W)`, as the model was trained on; without a model, sRGB
             from 0 to 1.
-        model: its last association, heads merged, at the image's resolution. Without one, soft
-            k-means of color and place (SSN without a network) in cells of `side` pixels.
+        model: its last association, heads merged, at the image's resolution, in the mode (`eval()`)
+            that it is in. Without one, soft k-means of color and place (SSN without a network) in
+            cells of `side` pixels.
         side, iters: of the k-means.
 
     Returns:
@@ -317,12 +328,13 @@ def to_superpixels(
     Raises:
         ValueError: `image` is no such tensor.
     """
-    if image.ndim not in (3, 4) or image.shape[-3] != 3:
-        raise ValueError(f"image {tuple(image.shape)}: expected (3, H, W) or (B, 3, H, W)")
+    channels = 3 if model is None else model.stem[0].in_channels
+    if image.ndim not in (3, 4) or image.shape[-3] != channels or not image.is_floating_point():
+        expected = f"expected ({channels}, H, W) or (B, {channels}, H, W), floating point"
+        raise ValueError(f"image {tuple(image.shape)}, {image.dtype}: {expected}")
     batch = image if image.ndim == 4 else image[None]
     height, width = batch.shape[2:]
-    multiple = side if model is None else model.patch_size
-    batch = F.pad(batch, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+    batch = to_whole_cells(batch, side if model is None else model.patch_size)
     with torch.no_grad():
         if model is None:
             logits, _ = ssn(lab_xy(batch, side), side, iters)

@@ -24,6 +24,7 @@ from attnlab.spformer import (
     paper,
     spformer_mini,
     to_superpixels,
+    to_whole_cells,
 )
 
 # Parameters and multiply-accumulates at 224 pixels; as printed in the spec: millions, billions.
@@ -496,6 +497,17 @@ def test_segmenter_classifies_superpixels_and_upsamples(upsample, device):
     battery.check_state_dict_round_trip(make, x)
 
 
+def test_any_size_fits_after_the_border_is_continued():
+    model, x = small().eval(), randn(2, 3, 17, 30)
+    whole = to_whole_cells(x, model.patch_size)
+    assert whole.shape == (2, 3, 24, 32)
+    assert torch.equal(whole[:, :, :17, :30], x)
+    assert torch.equal(whole[:, :, 17:, :30], x[:, :, -1:].expand(-1, -1, 7, -1))
+    assert torch.equal(whole[:, :, :17, 30:], x[:, :, :, -1:].expand(-1, -1, -1, 2))
+    assert to_whole_cells(whole, 8).shape == whole.shape
+    assert torch.equal(to_superpixels(x, model), to_superpixels(whole, model)[:, :17, :30])
+
+
 def test_segmenter_trains_every_part_from_masks():
     """A half-plane whose edge cuts the cells: the loss falls, and the stem hears of it."""
     torch.manual_seed(0)
@@ -531,5 +543,8 @@ def test_bad_input():
         (lambda: spformer.spformer_small(14), "patch_size=14: expected 16, 32 or 56"),
         (lambda: SuperpixelSegmenter(small(), 2, "cubic"), "upsample='cubic': expected one of"),
         (lambda: SuperpixelSegmenter(small(), 2, mode="x"), "mode='x': expected one of cell"),
-        (lambda: to_superpixels(randn(16, 24)), "image (16, 24): expected (3, H, W)"),
+        (lambda: to_superpixels(randn(16, 24)), "image (16, 24), torch.float32: expected (3, H"),
+        (lambda: to_superpixels(randn(3, 16, 24).byte()), "torch.uint8: expected (3, H, W) or (B"),
+        (lambda: to_superpixels(randn(3, 8, 8), small(in_chans=1)), "expected (1, H, W) or (B, 1"),
+        (lambda: SuperpixelSegmenter(small(), 2)(randn(3, 16, 24)), "x (3, 16, 24): expected (B"),
     ])  # fmt: skip
