@@ -90,6 +90,9 @@ def test_iou_at(sample, threshold):
                 continue  # which side a value at the cut falls on is a matter of rounding
         both, predicted, true = overlap(cells, cut)
         assert float(score) == pytest.approx(both / (predicted + true - both), abs=1e-6)
+        wrong = (predicted - both + true - both) / len(cells)
+        right = metrics.accuracy_at(one_map[None].double(), mask[None], threshold)
+        assert float(right) == pytest.approx(1 - wrong, abs=1e-6)
 
 
 @quick

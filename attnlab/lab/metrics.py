@@ -51,17 +51,17 @@ def iou_at(maps: Tensor, masks: Tensor, threshold: float | str) -> Tensor:
             `"mean+std"`, each map's own mean plus its standard deviation over the mask's grid.
             A constant map is all foreground at every threshold.
     """
-    adaptive = threshold == "mean+std"
-    if not adaptive:
-        require(not isinstance(threshold, str), "threshold", threshold, 'a number or "mean+std"')
-        inside("[0, 1]", threshold=threshold)
-    maps, masks = _on_one_grid(maps, masks)
-    maps, masks = _stretched(maps), masks >= 0.5
-    if adaptive:
-        deviation, mean = torch.std_mean(maps, (1, 2), correction=0, keepdim=True)
-        threshold = mean + deviation
-    foreground = maps >= threshold
+    foreground, masks = _thresholded(maps, masks, threshold)
     return (foreground & masks).sum((1, 2)) / (foreground | masks).sum((1, 2))
+
+
+def accuracy_at(maps: Tensor, masks: Tensor, threshold: float | str) -> Tensor:
+    """Share of the pixels that the thresholded map puts on the right side, `(N,)`.
+
+    `threshold` as in `iou_at`. Calling every pixel background scores 1 − the mask's share.
+    """
+    foreground, masks = _thresholded(maps, masks, threshold)
+    return (foreground == masks).float().mean((1, 2))
 
 
 def max_fbeta(maps: Tensor, masks: Tensor, beta2: float = 0.3, thresholds: int = 255) -> float:
@@ -244,6 +244,20 @@ def _on_one_grid(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     require(positive, "maps", "a negative or non-finite value", "finite numbers ≥ 0")
     upsampled = F.interpolate(maps[:, None], size=masks.shape[1:], mode="nearest-exact")
     return rearrange(upsampled, "n 1 h w -> n h w"), masks
+
+
+def _thresholded(maps: Tensor, masks: Tensor, threshold: float | str) -> tuple[Tensor, Tensor]:
+    """Where the map, stretched to [0, 1], is high, and where the mask is: bool `(N, H, W)` both."""
+    adaptive = threshold == "mean+std"
+    if not adaptive:
+        require(not isinstance(threshold, str), "threshold", threshold, 'a number or "mean+std"')
+        inside("[0, 1]", threshold=threshold)
+    maps, masks = _on_one_grid(maps, masks)
+    maps, masks = _stretched(maps), masks >= 0.5
+    if adaptive:
+        deviation, mean = torch.std_mean(maps, (1, 2), correction=0, keepdim=True)
+        threshold = mean + deviation
+    return maps >= threshold, masks
 
 
 def _stretched(maps: Tensor) -> Tensor:
