@@ -225,10 +225,13 @@ def segmentation(seed: int, device, rows: Sequence[str] = ROWS) -> dict:
         before = {"purity at first": purity(model.to(device), device)} if attends else {}
         fit_scenes(model, seed, device, progress=False)
         after = {"purity": purity(model, device)} if attends else {}
+        miou = mean_iou(model, device)
+        image = torch.zeros(1, 3, 64, 64, device=device)
+        tell(model, image[:, 0].long())
         results[row] = {
-            "mIoU": mean_iou(model, device),
+            "mIoU": miou,
             "thousand parameters": cost.parameters(model) / 1e3,
-            "million MACs": cost.macs(model, torch.zeros(1, 3, 64, 64, device=device)) / 1e6,
+            "million MACs": cost.macs(model, image) / 1e6,
             **before,
             **after,
         }
