@@ -23,7 +23,7 @@ from attnlab.layers import Mlp
 
 CHAPTER = "09_dependencyvit"
 RERUN = ("ablation", "full")
-STEPS, FEW_STEPS = 400, 200
+STEPS, FEW_STEPS = 300, 150
 TRAINED_ON, TESTED_ON = 6_000, 500
 TWO_OBJECTS = {"objects": 2, "scale": (0.5, 0.7)}  # large ones: parts have patches of their own
 
