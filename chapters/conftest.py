@@ -4,6 +4,8 @@ tests/test_nbval_setup.py holds one row for every trap that this set-up has to g
 """
 
 import os
+from functools import cache
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import pytest
@@ -42,8 +44,15 @@ def pytest_collectstart(collector):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item):
     """The kernel starts in the set-up of a notebook's first cell."""
-    with mock.patch.dict(os.environ, KERNEL_ENVIRONMENT):
+    own = {"IPYTHONDIR": kernel_folder().name}
+    with mock.patch.dict(os.environ, KERNEL_ENVIRONMENT | own):
         return (yield)
+
+
+@cache
+def kernel_folder() -> TemporaryDirectory:
+    """A folder of this run's own: kernels that share a history can lock each other out of it."""
+    return TemporaryDirectory(prefix="attnlab-")
 
 
 def pytest_runtest_call(item):

@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import jupytext
 import nbformat
@@ -138,12 +139,14 @@ def execute(notebook: NotebookNode, folder: Path) -> list[tuple[float, NotebookN
         on_cell_executed=done,
     )
     client.widget_registry["@jupyter-widgets/output"]["OutputModel"] = SilentOutput
-    environment = os.environ | KERNEL_ENVIRONMENT
-    try:
-        client.execute(env=environment, stderr=subprocess.DEVNULL, cleanup_kc=True)
-    except (CellControlSignal, DeadKernelError) as error:
-        uncolored = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-        raise BuildError(uncolored.rstrip()) from error
+    # Kernels that share a history can lock each other out of it, and say so in a cell's output.
+    with TemporaryDirectory(prefix="attnlab-") as own:
+        environment = os.environ | KERNEL_ENVIRONMENT | {"IPYTHONDIR": own}
+        try:
+            client.execute(env=environment, stderr=subprocess.DEVNULL, cleanup_kc=True)
+        except (CellControlSignal, DeadKernelError) as error:
+            uncolored = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+            raise BuildError(uncolored.rstrip()) from error
     return seconds
 
 

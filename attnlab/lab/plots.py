@@ -325,11 +325,12 @@ def bars_with_spread(
             ax.barh(place, mean, xerr=spread, color=COLORS[5], ecolor=COLORS[6], capsize=3)
             ax.plot(values, [place] * len(values), "o", color=COLORS[0], markersize=4)
         if reference:
-            ax.axvline(reference[1], color=COLORS[1], linestyle="--", label=reference[0])
-            ax.legend(loc="lower right")
-        ax.set(
-            xlabel=xlabel or metric, title=title, yticks=range(len(table)), yticklabels=list(table)
-        )
+            name, value = reference
+            ax.axvline(value, color=COLORS[1], linestyle="--")
+            above = {"xy": (value, 1), "xycoords": ax.get_xaxis_transform(), "xytext": (0, 2)}
+            ax.annotate(name, **above, textcoords="offset points", ha="center", color=COLORS[1])
+        ax.set(xlabel=xlabel or metric, yticks=range(len(table)), yticklabels=list(table))
+        ax.set_title(title, pad=18 if reference else None)
         ax.invert_yaxis()
     return ax
 
