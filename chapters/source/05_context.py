@@ -250,10 +250,11 @@ with torch.no_grad():
 lab.claim("shuffled positions in, the same shuffled positions out", difference, below=1e-5)
 
 # %% [markdown] slideshow={"slide_type": "notes"}
-# Answers: only γ, since $\partial Y / \partial O = \gamma = 0$; from the second step on all learn (the
-# layers before the module learn from the start, through $X$). And nothing breaks: PAM does not know
-# where anything is. That it works in a network is owed to the convolutions around it, whose zero
-# padding tells them where the border is.
+# Answers: only γ, since $\partial Y / \partial O = \gamma = 0$; from the second step on all learn but the
+# keys' bias, which adds one number to a whole row of $E$ and drops out of the softmax (the layers
+# before the module learn from the start, through $X$). And nothing breaks: PAM does not know where
+# anything is. Where position matters, the convolutions around it must supply it, for instance by
+# their zero padding.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 5 · The same on the transpose: channels
@@ -320,9 +321,9 @@ entropy = torch.special.entr(matrices["cosine"]).sum(dim=-1).mean()
 lab.claim("cosine: not saturated, e^entropy counts more than 10 channels", entropy.exp(), above=10)
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# Each form has its failure: the energies are sums over all $N$ positions and are not normalised, so
-# both signs saturate. With $+E$ the module is $(1 + \beta) X$; with $-E$ a dead channel swallows what
-# should be mixed. The library follows the code by default, because the released weights were trained
+# Either sign has its failure: the energies are sums over all $N$ positions and are not normalised, so
+# both saturate. With $+E$ a living channel gets $(1 + \beta)$ times itself, and a dead one $\beta$ times
+# the mean of all; with $-E$ the dead channels swallow what should be mixed. The library follows the code by default, because the released weights were trained
 # with it, and says so.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
@@ -331,7 +332,7 @@ lab.claim("cosine: not saturated, e^entropy counts more than 10 channels", entro
 # OCNet (Yuan et al. 2018) says what it wants: the **object context** of position $i$ is the mean over
 # all positions of its class. With labels $\ell$ of shape $(N,)$ the ideal weights are
 # $R_{ij} = [\ell_i = \ell_j] / \lvert\{m : \ell_m = \ell_i\}\rvert$, of shape $(N, N)$. At test time
-# nobody knows $\ell$, so they are an *oracle*: an upper bound, and a measuring rod.
+# nobody knows $\ell$, so they are an *oracle*: a measuring rod, though no strict bound.
 
 # %% slideshow={"slide_type": "fragment"}
 sample = ch05.scenes("test_scenes", 40).batch([5])
@@ -355,7 +356,7 @@ plt.show()
 # \qquad \text{context} = W_o (V S^\top) \;(C, N)$$
 #
 # $\varphi$ is a 1×1 convolution, BatchNorm and LeakyReLU; $V$ of shape $(C_v, N)$ is a 1×1 convolution;
-# $C_k = C_v = C/2$. $W_o$ starts at zero. The context is not added to $X$ but concatenated, and a 1×1
+# $C_k = C_v = C/2$. $W_o$, $(C, C_v)$, starts at zero. The context is not added to $X$ but concatenated, and a 1×1
 # convolution fuses both.
 #
 # **Before you run it:** is $S$ symmetric? Which position does a position hear most?
@@ -545,7 +546,8 @@ lab.claim("DANet: it does not grow", purity["DANet"][1] - purity["DANet"][0], be
 # **Mostly a null result.** PAM and CAM are ahead of the plain head by 0.010 to 0.016 in each of the
 # three seeds, DANet and OCNet in two of three; all of it is of the size of the spread over seeds (0.013
 # to 0.021). DANet pays for it with 40 % more parameters and a third more MACs. The oracle shows that
-# there was something to win: 0.06 more mIoU, at the cost of OCNet.
+# there was something to win: 0.06 more mIoU, at the cost of OCNet (though its weights also carry the
+# true outlines, which no learned relation is given).
 #
 # Nor does purity predict mIoU: OCNet's attention ends up purest, 0.45, and gains least; DANet's
 # stays near what the share of the area gives, 0.14. Two things on 8×8 positions and 400 steps are
@@ -656,8 +658,8 @@ lab.claim("a position of a 5×7 map sees 5 + 7 − 1 keys", mask.sum(1).unique()
 # **What reaches a position?** As in chapter 01: the gradient of one output with respect to the input
 # is zero wherever the input cannot matter. Below are stacks of one, two and three layers with random
 # weights, on a map of 8×12, seen from row 3, column 5. Windows and cells are of 4×4, shifted by 2 in
-# every second layer; neighbourhoods of 3×3, of the dilated ones every second on every second row and
-# column.
+# every second layer, from the second on. Neighbourhoods are 3×3; in the dilated stack every second
+# layer takes every second row and column.
 #
 # **Before you run it:** which of the seven have heard the whole map after two layers? Which one never
 # will, however many layers there are?
@@ -715,7 +717,7 @@ lab.claim("three patterns have seen everything after two layers", len(full_after
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # Row–column, criss-cross and interlaced need two layers *whatever the size of the map*. Shifted
-# windows and neighbourhoods grow by a fixed width a layer, like convolutions, only wider; windows
+# windows and neighbourhoods grow by a fixed width a layer, like convolutions; windows
 # that stay where they are never mix, so Swin shifts every second layer by half a window.
 
 # %% [markdown] slideshow={"slide_type": "subslide"}
@@ -779,7 +781,8 @@ print(f"{'criss-cross, twice':24} {2 * (2 * H - 1):5} keys   formula {formula / 
 # formula has 111.
 #
 # Windows and neighbourhoods are **linear** in $N$. Axial and criss-cross attention grow like
-# $N \cdot 2\sqrt N$ on square maps. Interlaced attention has $N / P^2 + P^2$ keys: for a fixed cell
+# $N^{1.5}$ on square maps: $2\sqrt N$ keys for two axial layers, $4\sqrt N - 2$ for two passes of the
+# criss-cross. Interlaced attention has $N / P^2 + P^2$ keys: for a fixed cell
 # quadratic in the end, with $P^2 = \sqrt N$ like $N^{1.5}$ too.
 #
 # **Before you run it:** on the arithmetic alone neighbourhood 7 should cost what window 7 does. It
@@ -826,7 +829,8 @@ lab.claim("a neighbourhood needs more than a window", more, above=1.5)
 # In a window all queries share their keys: a block is one small dense attention. In a neighbourhood
 # every query has a window of its own. The library cuts the map into blocks of 8×8 queries, gathers the
 # 14×14 keys that any of them sees, and masks: 196 keys computed for 49 used, and still linear. The
-# fused kernel's memory is linear for *full* attention as well; it is time that it cannot save.
+# fused kernel's memory is linear for *full* attention as well, and less here than that of any sparse
+# form but the row, for sparse forms copy keys together; it is time that it cannot save.
 
 # %% tags=["nbval-ignore-output"] slideshow={"slide_type": "fragment"}
 sides = [16, 32, 48, 64]
@@ -865,6 +869,7 @@ table = lab.results.load("05_context.patterns")["rows"]
 right = {row: metrics["accuracy"]["mean"] for row, metrics in table.items()}
 lab.claim("one layer of windows of 8 stays at chance", right["window 8"], below=0.55)
 lab.claim("moved windows on top of it do not", right["window 8, then shifted by 4"], above=0.8)
+print("moved windows, each seed:", table["window 8, then shifted by 4"]["accuracy"]["values"])
 for row in ("axial", "interlaced, cells of 4"):
     lab.claim(f"{row}: solved", right[row], above=0.97)
 crossing = table["criss-cross, R = 1"]["no common row"]["values"]
@@ -874,8 +879,8 @@ lab.claim("criss-cross with one pass: far above chance in every seed, even with 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # Our own prediction was "chance", and it was wrong. No position of the left square sees the right one
 # in one pass; but the question does not need that. It needs *some* position that hears both, and a
-# non-linear layer after it. There always are two: where the row of one square crosses the column of
-# the other.
+# non-linear layer after it. Without a common row there are two for each pair of pixels: where the row
+# of one crosses the column of the other.
 
 # %% slideshow={"slide_type": "fragment"}
 left, right_square = 2 * 16 + 1, 12 * 16 + 14  # (row 2, column 1) and (row 12, column 14)
@@ -949,11 +954,13 @@ lab.claim("but so it does from a dense model that is merely worse",
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # **The claim is not borne out here.** At noise 0.2 windows and dense attention are equal within the
-# spread of three seeds, and a large hole hurts the sparse rows more: who sees everything can look past
-# it. As a *share* of the clean accuracy noise does cost the sparse rows less, but a dense model
+# spread of three seeds. Behind a large hole dense attention is ahead, as it was on clean images; windows
+# and neighbourhoods keep a smaller share of their accuracy than it, rows and columns, which see the
+# whole map in two layers, about the same. That fits "who sees everything can look past a hole", and
+# does not show it. As a *share* of the clean accuracy noise does cost the sparse rows less, but a dense model
 # that has learned less loses less as well. One who has less has less to lose: such a comparison needs models
 # that are equally good on clean images. Ours are not (the control is worse than two of the three
-# sparse rows), so whether a difference would remain is open; nor does one small model that is right in two
+# sparse rows, and like the third), so whether a difference would remain is open; nor does one small model that is right in two
 # images of five settle it.
 #
 # **Common misconceptions, of sparse attention.** *It approximates the full weights* (no: the softmax is
@@ -971,7 +978,7 @@ lab.claim("but so it does from a dense model that is merely worse",
 # | position attention, no $1/\sqrt d$, starts as the identity | official code | exact, section 4 | none |
 # | channel attention is softmax(E) | DANet, section 3.3 | the official code computes softmax(−E), section 5 | paper and code disagree |
 # | DANet, ResNet-101, Cityscapes val, single scale: 79.93 mIoU | DANet repository's README | not trained here | ResNet-101 and crops of 768 pixels; here a tiny ResNet and 64-pixel scenes |
-# | non-local, DANet, ISANet, ResNet-101, 512×1024, 80k steps: 78.93, 80.41, 80.32 | mmsegmentation's READMEs | FCN 0.290, PAM 0.301, DANet 0.296, OCNet 0.291, spreads 0.013 to 0.021: no order | one recipe, one backbone; gaps of 0.3 to 0.5 are run-to-run noise there |
+# | non-local, DANet, ISANet, ResNet-101, 512×1024, 80k steps: 78.93, 80.41, 80.32 | mmsegmentation's READMEs | FCN 0.290, PAM 0.301, DANet 0.296, OCNet 0.291, spreads 0.013 to 0.021: no order | one recipe, one backbone; one run each: the last two differ by 0.09, far less than two runs of one network (last row) |
 # | sparse attention is more robust | said in surveys | not borne out, section 13 | the sparse models are also less accurate; small, three seeds |
 # | two identical runs of base-OC: 79.3 and 79.8 val | OCNet repository's README | a spread over three seeds stands beside every number | such gaps are no evidence |
 
@@ -1098,7 +1105,7 @@ lab.check("sparse.neighborhood_mask", neighborhood_mask)
 # - What is compared decides what is found at first: tied embeddings what is alike, and a sign in one
 #   line of code whether channels hear their like or their opposite. Training can get round either.
 # - The $N^2$ weights need not be stored (fused), and need not be computed: two sparse layers reach
-#   every position at $N \cdot 2\sqrt N$ or less.
+#   every position with $2\sqrt N$ keys at best, instead of $N$.
 #
 # **Common misconceptions.** *DANet's channel attention is SE* (no pooling, no gate: a $C \times C$
 # mixing with one parameter). *Attention is the dear part of the head* (the 3×3 convolutions are).
