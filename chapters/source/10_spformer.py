@@ -104,7 +104,7 @@ one = 3
 wrong = [(by_patch != truth)[one].float(), (by_slic != truth)[one].float()]
 plots.show_images(
     [outlined(images[one], patches[one]), wrong[0], outlined(images[one], slic[one]), wrong[1]],
-    ["64 patches", "wrong with the best labels", "SLIC", "wrong with the best labels"],
+    ["64 patches", "wrong at best", "SLIC", "wrong at best"],
     title="what squares lose lies along the outline", size=2.0,
 )  # fmt: skip
 plt.show()
@@ -427,10 +427,10 @@ lab.claim("the last association beats squares", scores[-1] - of_patches, above=0
 lab.claim("and the three before it", scores[-1] - max(scores[:-1]), above=0.02)
 
 # %% [markdown] slideshow={"slide_type": "subslide"}
-# None is a grid, and none of the first three is a good partition: a superpixel need not be connected,
-# nor contain its own cell, and where all is one color the map is arbitrary. The loss reaches these rounds
-# only through what they do to the features. The last one was asked for outlines, by the loss that goes
-# through it, and it has the best.
+# None is a grid, and two of the first three beat squares already, though the loss reaches them only through
+# what they do to the features; the round between them does not. A superpixel need not be connected, nor
+# contain its own cell, and where all is one color the map is arbitrary. The last one was asked for
+# outlines, by the loss that goes through it, and it has the best.
 #
 # The heads do not have to agree either. Each is a partition of its own, into the same 64 superpixels:
 
@@ -559,7 +559,7 @@ for name in ("flower", "chelsea"):
     color = spformer.to_superpixels(photo, side=8)
     drawn += [outlined(photo, learned, zoom=3), outlined(photo, color, zoom=3)]
 plots.show_images(
-    drawn, ["learned from masks of scenes", "soft k-means on color"] * 2, columns=4, size=1.6,
+    drawn, ["masks of scenes", "k-means"] * 2, columns=4, size=1.6,
     title="the same cells, two ways to fill them",
 )  # fmt: skip
 plt.show()
@@ -644,7 +644,8 @@ lab.claim("k-means on color, which learned nothing, is better still",
 # What the three ways look like, for the scores of the checkpoint (it was trained through Eq. (1), so that
 # this is a picture and no contest). The fourth is a mistake worth seeing once: resizing $Q$ as if its
 # nine slots were channels. Slot 5 means "the cell to the right", which is *another superpixel* in the
-# next cell; between cells, such a resized $Q$ mixes numbers of different superpixels.
+# next cell; between cells, such a resized $Q$ mixes numbers of different superpixels. (Here that costs
+# little: only the outermost pixels of a cell are mixed.)
 
 # %% slideshow={"slide_type": "fragment"}
 with torch.no_grad():
@@ -657,7 +658,7 @@ with torch.no_grad():
         "Eq. (1)": sp.expand(scores, slots, scale=2),
         "bilinear": F.interpolate(scores, size=64, mode="bilinear"),
         "nearest": F.interpolate(scores, size=64, mode="nearest"),
-        "slots resized as channels": sp.expand(scores, sp.to_cells(flat, 8)[:, None]),
+        "resized slots": sp.expand(scores, sp.to_cells(flat, 8)[:, None]),
     }
 found = {name: way.argmax(1).cpu() for name, way in ways.items()}
 got = {name: metrics.mean_iou(metrics.confusion_matrix(f, truth, 2)) for name, f in found.items()}
@@ -708,7 +709,7 @@ six = [row for row in ch10.CLASSIFIERS if "patches" not in row]
 means = [accuracy[row] for row in six]
 widest = max(rows[row]["accuracy"]["std"] for row in six)
 lab.claim("the six rows lie within 0.12 of each other", max(means) - min(means), below=0.12)
-lab.claim("the seeds of one row alone spread by", widest, above=0.03)
+lab.claim("the seeds of one row alone spread by over 0.03", widest, above=0.03)
 behind = [a - b for a, b in zip(rows["superpixels"]["accuracy"]["values"],
                                 rows["only before block 1"]["accuracy"]["values"], strict=True)]  # fmt: skip
 lab.claim("one exchange, before block 1, is behind in each of three seeds", min(behind), above=0.02)
