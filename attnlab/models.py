@@ -14,7 +14,27 @@ from attnlab.cbam import (
     cbam_resnet_mini,
 )
 from attnlab.channel import se_resnet50, se_resnet_mini, sknet50
+from attnlab.dependencyvit import (
+    dependencyvit_lite_small,
+    dependencyvit_lite_tiny,
+    dependencyvit_mini,
+    dependencyvit_small,
+    dependencyvit_tiny,
+)
 from attnlab.resnet import resnet_mini
+from attnlab.spformer import (
+    spformer_base_patch16,
+    spformer_base_patch16_convstem,
+    spformer_mini,
+    spformer_small_patch16,
+    spformer_small_patch16_convstem,
+    spformer_small_patch32,
+    spformer_small_patch32_convstem,
+    spformer_small_patch56,
+    spformer_small_patch56_convstem,
+    spformer_tiny_patch16,
+    spformer_tiny_patch16_convstem,
+)
 
 
 def _register(factory: Callable[..., nn.Module]) -> None:
@@ -42,5 +62,12 @@ for _factory in (
     *(deit_tiny, deit_small, deit_base, vit_mini),
     *(resnet_mini, se_resnet_mini, se_resnet50, sknet50),
     *(cbam_resnet_mini, cbam_resnet18, cbam_resnet34, cbam_resnet50, cbam_resnet101),
+    *(dependencyvit_mini, dependencyvit_tiny, dependencyvit_small),
+    *(dependencyvit_lite_tiny, dependencyvit_lite_small),
+    *(spformer_mini, spformer_tiny_patch16, spformer_tiny_patch16_convstem),
+    *(spformer_small_patch16, spformer_small_patch16_convstem),
+    *(spformer_small_patch32, spformer_small_patch32_convstem),
+    *(spformer_small_patch56, spformer_small_patch56_convstem),
+    *(spformer_base_patch16, spformer_base_patch16_convstem),
 ):
     _register(_factory)
