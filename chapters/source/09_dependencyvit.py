@@ -19,7 +19,7 @@
 # | | |
 # |---|---|
 # | to read | 60 minutes, exercises another 60 |
-# | to run | about two minutes on two CPU cores |
+# | to run | about 40 seconds on two CPU cores |
 # | you need | chapter 01 (attention, the small ViT) |
 # | paper | Ding et al. 2023, *Visual dependency transformers: dependency tree emerges from reversed attention* |
 #
