@@ -451,7 +451,8 @@ def relative(a, b):
 
 def test_behind_a_matching_groupnorm_only_the_sign_of_the_sum_is_left():
     """Section 4A of the specification: s and sign(s) give the same output, up to eps."""
-    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    torch.manual_seed(0)
+    x = 10 * torch.randn(2, 16, 6, 6, dtype=torch.float64)  # so that eps is small beside it
     for norm_groups, same in ((4, True), (8, True), (1, False), (2, False)):
         block = CGNLBlock(16, 8, 4, norm_groups=norm_groups).double()
         battery.randomize(block)
