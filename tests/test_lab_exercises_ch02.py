@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from learners import learner
 
 from attnlab.lab import cost
 from attnlab.lab.exercises import catalogue, check
@@ -125,9 +126,8 @@ LEARNERS = [
 
 @pytest.mark.parametrize(("name", "source", "words"), LEARNERS)
 def test_recognises_a_mistake_however_it_is_written(name, source, words):
-    scope = {"torch": torch}
-    exec(source, scope)
+    answer = learner(f"non_local.{name}", source)
     for seed in SEEDS:
-        result = check(f"non_local.{name}", scope[name], seed)
+        result = check(f"non_local.{name}", answer, seed)
         assert result.status == "wrong"
         assert words in result.hint, result

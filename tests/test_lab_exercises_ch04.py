@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from learners import learner
 from torch import nn
 from torch.testing import assert_close
 
@@ -12,13 +13,6 @@ from attnlab.resnet import resnet50
 
 def solution(name: str):
     return catalogue()[f"cbam.{name}"].solution
-
-
-def learner(name: str, source: str):
-    """The function that a learner's source defines for an exercise."""
-    scope = {"torch": torch}
-    exec(source, scope)
-    return scope[name.split(".")[1]]
 
 
 def test_the_names_are_those_of_chapter_04():

@@ -2,16 +2,10 @@
 
 import pytest
 import torch
+from learners import learner
 
 from attnlab.lab.exercises import catalogue, check
 from attnlab.sparse import InterlacedSparseAttention, NeighborhoodAttention
-
-
-def learner(name: str, source: str):
-    """The function that a learner's source defines for an exercise."""
-    scope = {"torch": torch}
-    exec(source, scope)
-    return scope[name.split(".")[1]]
 
 
 def test_the_last_names_of_the_chapter_are_those_of_this_file():

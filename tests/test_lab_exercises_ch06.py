@@ -3,6 +3,7 @@
 import pytest
 import torch
 from einops import rearrange
+from learners import learner
 
 from attnlab.cgnl import cgnl_dot, cgnl_rbf, taylor_error_bound
 from attnlab.lab.exercises import catalogue, check
@@ -87,10 +88,9 @@ def test_inflated_kernels_are_the_experiments():
     ],
 )
 def test_recognises_a_mistake_however_it_is_written(name, source, words):
-    scope = {"torch": torch}
-    exec(source, scope)
+    answer = learner(name, source)
     for seed in SEEDS:
-        result = check(name, scope[name.split(".")[1]], seed)
+        result = check(name, answer, seed)
         assert result.status == "wrong"
         assert words in result.hint, result
 

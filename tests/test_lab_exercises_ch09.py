@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from learners import learner
 from torch.testing import assert_close
 
 from attnlab.attention import attention_weights
@@ -13,13 +14,6 @@ from attnlab.reversed_attention import reverse, reversed_attention
 
 def solution(name: str):
     return catalogue()[f"dependency.{name}"].solution
-
-
-def learner(name: str, source: str):
-    """The function that a learner's source defines for an exercise."""
-    scope = {"torch": torch}
-    exec(source, scope)
-    return scope[name.split(".")[1]]
 
 
 def test_the_names_are_those_of_chapter_09():
