@@ -499,7 +499,7 @@ for name, reading in readings.items():
 # ## 8 · The tree explorer
 #
 # Point at a patch or click one: blue is its path to the root, orange its subtree (a leaf has none); the
-# bars, below the live picture, are its message through the layers. Switch trees. **Look for** a part whose patches hang together. It may take
+# bars, beside the live picture, are its message through the layers. Switch trees. **Look for** a part whose patches hang together. It may take
 # you a while; the next section counts.
 
 # %% tags=["explorer", "nbval-ignore-output"] slideshow={"slide_type": "fragment"}
