@@ -28,9 +28,10 @@ from attnlab.probe import Probe
 
 IMPLS = ("auto", "explicit", "two_pass", "fused")
 
-# "auto" leaves the explicit form from this many scores (children × parents) on, as {device: (form,
-# without, with gradients)}. CPU: measured by benchmarks/reversed_attention.py. CUDA: not measured.
-FASTER_FROM = {"cpu": ("two_pass", 400**2, 400**2), "cuda": ("fused", 512**2, 512**2)}
+# "auto" leaves the explicit form when all scores of a call, batch × heads × children × parents, are
+# this many: about where they no longer fit into a CPU's cache, as {device: (form, scores)}.
+# CPU: measured by benchmarks/reversed_attention.py. CUDA: not measured.
+FASTER_FROM = {"cpu": ("two_pass", 15_000_000), "cuda": ("fused", 2**20)}
 BLOCK_SCORES = 2**19  # the two-pass form holds about this many scores at once, but
 SMALLEST_BLOCK = 16  # no fewer than those of this many children
 
@@ -62,7 +63,7 @@ def reversed_attention(
         scale: factor of the scores; 1/√d by default.
         impl: "explicit" materialises A_F; "two_pass" a block of its rows at a time; "fused" lets
             PyTorch's kernel do it, as the derivative of attention with respect to its values;
-            "auto" is the fastest for shape, device and grad mode. The last three need no N×M
+            "auto" is the fastest for shape and device. The last three need no N×M
             matrix, forward or backward, and can be differentiated once.
 
     Returns:
@@ -75,7 +76,7 @@ def reversed_attention(
     _check(q, k, v, head_probs, messages, mask, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     u = _sent(v, head_probs, messages)
-    impl = _fastest(q, k, u) if impl == "auto" else impl
+    impl = _fastest(q, k) if impl == "auto" else impl
     if impl == "explicit":
         return _receive(attention_weights(q, k, mask=mask, scale=scale), u)
     return _reversed_attention(q, k, u, mask, scale, impl == "two_pass")
@@ -220,11 +221,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     return torch.cat(outputs, -1)[..., :dv].to(v.dtype)
 
 
-def _fastest(q: Tensor, k: Tensor, u: Tensor) -> str:
-    """What `impl="auto"` is for these tensors in this grad mode."""
-    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or u.requires_grad)
-    form, *switch = FASTER_FROM["cuda" if q.is_cuda else "cpu"]
-    return form if q.shape[-2] * k.shape[-2] >= switch[training] else "explicit"
+def _fastest(q: Tensor, k: Tensor) -> str:
+    """What `impl="auto"` is for tensors of these shapes on this device."""
+    form, scores = FASTER_FROM["cuda" if q.is_cuda else "cpu"]
+    return form if math.prod(q.shape[:-1]) * k.shape[-2] >= scores else "explicit"
 
 
 def _check_impl(impl: str) -> None:

@@ -6,10 +6,10 @@ import torch
 from test_lab_adapters import RED, lay_voc, save_image, save_mask, save_text
 
 from attnlab.heads import segmentation_loss
-from attnlab.lab import train
+from attnlab.lab import data, train
 from attnlab.lab.data import adapters
 from attnlab.lab.metrics import confusion_matrix, mean_iou
-from attnlab.spformer import SuperpixelSegmenter, spformer_mini
+from attnlab.spformer import SuperpixelSegmenter, lineage, spformer_mini
 
 TINY = {"embed_dim": 32, "num_heads": 2, "pixel_dim": 16, "depths": (1, 1), "sca_init_values": 0.1}
 
@@ -56,3 +56,21 @@ def test_a_step_on_each_published_layout(name, lay, tmp_path):
         found = model(batch["image"]).argmax(1)
     assert found.shape == (1, 32, 48)
     assert 0 <= mean_iou(confusion_matrix(found, batch["segmentation"], ds.num_classes)) <= 1
+
+
+@pytest.mark.parametrize("options", [{}, lineage()], ids=["paper", "lineage"])
+def test_it_learns_the_things_of_the_scenes(options):
+    """After 60 steps it knows more than any constant answer."""
+    scenes = data.load("scenes", "train", n=8, objects=2, scale=(0.6, 0.9), size=32, cache=False)
+    batch = scenes.batch(range(8))
+    truth = batch["segmentation"] = (batch["saliency"] >= 0.5).long()
+    train.seed_everything(0)
+    model = SuperpixelSegmenter(spformer_mini(img_size=32, **TINY | options), 2)
+    train.fit(model, batch, loss=loss, steps=60, batch_size=8, lr=4e-3, progress=False,
+              device="cpu")  # fmt: skip
+    with torch.no_grad():
+        found = model(batch["image"]).argmax(1)
+    constant = max(
+        mean_iou(confusion_matrix(torch.full_like(truth, answer), truth, 2)) for answer in (0, 1)
+    )
+    assert mean_iou(confusion_matrix(found, truth, 2)) > constant + 0.1
