@@ -1,11 +1,13 @@
 """From features to a class for every pixel: segmentation heads, the network around them, its loss.
 
-Papers: Long et al. 2015 (FCN); the heads of DANet and OCNet are made of `attnlab.context`. A
-network is a backbone whose last strides became dilations, a head on its last map, perhaps an
-auxiliary head on an earlier one, and bilinear upsampling to the image's size.
+Papers: Long et al. 2015 (FCN); Xiao et al. 2018 (UPerNet), for trunks of one resolution; the heads
+of DANet and OCNet are made of `attnlab.context`. A network is a backbone whose last strides became
+dilations, a head on its last map, perhaps an auxiliary head on an earlier one, and bilinear
+upsampling to the image's size.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnlab.context import LEAKY, BaseObjectContext, conv_norm_act
+from attnlab.layers import check_map
 from attnlab.official import convert_network
 
 
@@ -72,6 +75,88 @@ class ObjectContextHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.context(self.reduce(x)))
+
+
+class PyramidPooling(nn.Module):
+    """What the whole image, its halves, thirds and sixths look like on average, beside each place.
+
+    PSPNet's module: `(B, in_channels, H, W)` → `(B, out_channels, H, W)`. A bin that is the whole
+    image has one value a channel, so that BatchNorm needs two images or more in training.
+
+    Args:
+        bins: into how many rows, and columns, each average cuts the image.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bins: Sequence[int] = (1, 2, 3, 6)):
+        super().__init__()
+        self.bins = tuple(bins)
+        self.branches = nn.ModuleList(conv_norm_act(in_channels, out_channels) for _ in bins)
+        self.fuse = conv_norm_act(in_channels + len(self.bins) * out_channels, out_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = [
+            resize(branch(F.adaptive_avg_pool2d(x, side)), x.shape[2:])
+            for side, branch in zip(self.bins, self.branches, strict=True)
+        ]
+        return self.fuse(torch.cat([x, *means], dim=1))
+
+
+class UPerNetHead(nn.Module):
+    """UPerNet's head on one map: a feature pyramid whose levels are made by resizing.
+
+    `(B, in_channels, H, W)` → logits `(B, num_classes, 4·H, 4·W)`, of the finest level's size.
+    A backbone of stages gives UPerNet maps of four strides. A trunk of one stride has one map; its
+    missing levels are that map, bilinearly resized and projected. (Both steps are linear, one in
+    space and one in channels, so that they commute: we project first, where the map is small.)
+
+    Args:
+        inter_channels: width of the pyramid.
+        scales: sides of the levels, relative to the map's, from fine to coarse.
+        bins: of the pyramid pooling on the coarsest level.
+        dropout: of whole channels before the classifier.
+
+    Raises `ValueError` for scales that are not two or more falling numbers above 0, and for inputs
+    that are no such maps.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        inter_channels: int = 512,
+        scales: Sequence[float] = (4, 2, 1, 0.5),
+        bins: Sequence[int] = (1, 2, 3, 6),
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        self.in_channels, self.scales = in_channels, tuple(scales)
+        falling = all(fine > coarse for fine, coarse in pairwise(self.scales))
+        if len(self.scales) < 2 or not falling or self.scales[-1] <= 0:
+            raise ValueError(f"scales={self.scales}: expected two or more falling numbers above 0")
+        finer = self.scales[:-1]
+        self.laterals = nn.ModuleList(conv_norm_act(in_channels, inter_channels) for _ in finer)
+        self.pool = PyramidPooling(in_channels, inter_channels, bins)
+        self.smooth = nn.ModuleList(conv_norm_act(inter_channels, inter_channels, 3) for _ in finer)
+        self.fuse = conv_norm_act(len(self.scales) * inter_channels, inter_channels, 3)
+        self.drop = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(inter_channels, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_map(x, self.in_channels)
+        *finer, coarsest = [[max(1, int(scale * s)) for s in x.shape[2:]] for scale in self.scales]
+        level = self.pool(resize(x, coarsest))
+        levels = [level]
+        for size, lateral, smooth in zip(finer[::-1], self.laterals, self.smooth, strict=True):
+            project, norm, act = lateral
+            level = act(norm(resize(project(x), size))) + resize(level, size)
+            levels.append(smooth(level))
+        levels = [resize(level, finer[0]) for level in levels]
+        return self.classify(self.drop(self.fuse(torch.cat(levels, dim=1))))
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, corners not aligned: `(B, C, H, W)` → `(B, C, *size)`."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 class Segmenter(nn.Module):
