@@ -264,7 +264,7 @@ CH98 = "attnlab.lab.experiments.ch98"
         (CH98, "return mix", '"""First."""\n    return mix', (False, False)),
         ("attnlab.mechanism", "'''Attend.'''", "'''Attend to x.'''", (False, False)),
         ("attnlab.mechanism", "Block()(x)", "Block()(-x)", (True, True)),
-        ("attnlab.mechanism", "return x\n", "return -x\n", (False, True)),
+        ("attnlab.mechanism", "return x\n", "return -x\n", (False, False)),
         ("attnlab.layers", "size = 4", "size = 5", (True, True)),
         ("attnlab.layers", "size = 2", "size = 3", (False, False)),
         ("attnlab.other", "return 2", "return 22", (False, False)),
@@ -284,3 +284,31 @@ def test_names_of_the_package_itself_are_followed(monkeypatch):
     after = fingerprints(monkeypatch, "attnlab.other", "return 1", "return 11")
     assert before[0] == after[0]
     assert before[1] != after[1]
+
+
+@pytest.mark.parametrize(
+    ("use", "changed"),
+    [
+        ("(mechanism.attend)(seed)", False),
+        ("map(mechanism.attend, seed)", False),
+        ("getattr(mechanism, NAME)(seed)", True),
+        ("mechanism.layers(seed)", True),
+    ],
+)
+def test_a_module_that_is_handed_on_is_followed_as_a_whole(monkeypatch, use, changed):
+    """Of `mechanism.attend` only `attend` counts; where the attribute cannot be told, all do."""
+    chapter = SOURCES[CH98].replace("mechanism.attend(seed)", use)
+    monkeypatch.setitem(SOURCES, CH98, chapter)
+    before = fingerprints(monkeypatch)
+    after = fingerprints(monkeypatch, "attnlab.mechanism", "return x\n", "return -x\n")
+    assert (before[1] != after[1]) is changed
+
+
+def test_of_a_package_the_attribute_is_followed(monkeypatch):
+    chapter = SOURCES[CH98].replace("from attnlab import hidden, mechanism", "import attnlab")
+    chapter = chapter.replace("mechanism.attend(seed)", "attnlab.hidden(seed)")
+    monkeypatch.setitem(SOURCES, CH98, chapter)
+    monkeypatch.setitem(SOURCES, "attnlab", "from attnlab.other import hidden, unrelated")
+    before = fingerprints(monkeypatch)
+    assert fingerprints(monkeypatch, "attnlab.other", "return 2", "return 22")[1] == before[1]
+    assert fingerprints(monkeypatch, "attnlab.other", "return 1", "return 11")[1] != before[1]

@@ -20,22 +20,32 @@ def code_sha256(module: str, name: str) -> str:
 
 def _reached(module: str, name: str) -> set[str]:
     found: set[str] = set()
-    seen: set[tuple[str, str]] = set()
-    waiting = [(module, name)]
+    seen: set[tuple[str, str, str | None]] = set()
+    waiting: list[tuple[str, str, str | None]] = [(module, name, None)]
     while waiting:
         place = waiting.pop()
         if place in seen:
             continue
         seen.add(place)
-        owner, wanted = place
+        owner, wanted, attribute = place
         for statement in _bindings(owner).get(wanted, ()):
             if isinstance(statement, ast.Import | ast.ImportFrom):
-                waiting += _imported(statement, wanted)
+                waiting += [(*where, None) for where in _imported(statement, wanted, attribute)]
                 continue
             found.add(f"{owner}: {skeleton(statement)}")
-            used = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
-            waiting += [(owner, other) for other in used]
+            waiting += [(owner, *use) for use in _used(statement)]
     return found
+
+
+def _used(statement: ast.stmt) -> Iterator[tuple[str, str | None]]:
+    """Each name in a statement, with the attribute that is taken of it, None where it is not."""
+    taken: set[ast.expr] = set()
+    for node in ast.walk(statement):  # an attribute is met before the name that it is taken of
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            taken.add(node.value)
+            yield node.value.id, node.attr
+        elif isinstance(node, ast.Name) and node not in taken:
+            yield node.id, None
 
 
 def skeleton(node: object) -> object:
@@ -80,20 +90,29 @@ def _bound(statement: ast.stmt) -> Iterator[str]:
                 yield node.id
 
 
-def _imported(statement: ast.Import | ast.ImportFrom, wanted: str) -> list[tuple[str, str]]:
-    """Where an imported name is defined: (module, name), or every name of an imported module."""
+def _imported(
+    statement: ast.Import | ast.ImportFrom, wanted: str, attribute: str | None
+) -> list[tuple[str, str]]:
+    """Where an imported name is defined: (module, name), several for a module as a whole."""
     places = []
     for alias in statement.names:
         if wanted != (alias.asname or alias.name.split(".")[0]):
             continue
+        whole = alias.name
         if isinstance(statement, ast.ImportFrom):
-            submodule = f"{statement.module}.{alias.name}"
-            whole = submodule if _is_mechanism(submodule) else None
+            whole = f"{statement.module}.{alias.name}"
             places += [(statement.module, alias.name)] if _is_mechanism(statement.module) else []
-        else:
-            whole = alias.name if _is_mechanism(alias.name) else None
-        places += [(whole, name) for name in _bindings(whole)] if whole else []
+        places += _inside(whole, attribute) if _is_mechanism(whole) else []
     return places
+
+
+def _inside(module: str, attribute: str | None) -> list[tuple[str, str]]:
+    """The name in a module that an attribute is; every name where that cannot be told."""
+    if attribute in _bindings(module):
+        return [(module, attribute)]
+    if attribute and _is_mechanism(f"{module}.{attribute}"):
+        module = f"{module}.{attribute}"
+    return [(module, name) for name in _bindings(module)]
 
 
 @cache
