@@ -290,7 +290,7 @@ lab.claim(
 )
 
 # %% [markdown] slideshow={"slide_type": "notes"}
-# Answer: 1.5 keys without the scale, some 120 with it. Two cautions. At $d = 64$, the head width of
+# Answer: fewer than two keys without the scale, over a hundred with it. Two cautions. At $d = 64$, the head width of
 # the Transformer and of every DeiT, the median *norm* of the derivative is even larger than with
 # the scale; but it sits on the few keys that won by chance, so the right key hardly gets a signal. And
 # the argument is about random vectors, that is about initialisation; trained queries and keys are
@@ -644,7 +644,7 @@ lab.claim("after 400 steps: more than twice chance", accuracy, above=0.25)
 
 # %% [markdown] slideshow={"slide_type": "subslide"}
 # **Is it the attention?** Same recipe, same 500 steps, same seeds; the mixing in each block is
-# exchanged, and with it up to a third of the parameters (`attnlab results 01_attention.mixing`). Below it, `vit_mini` itself on 64-pixel
+# exchanged, with what it has of parameters (`attnlab results 01_attention.mixing`). Below it, `vit_mini` itself on 64-pixel
 # images, 1,200 steps, about four minutes a seed (`attnlab results 01_attention.parts`); the
 # checkpoint of section 9 had 2,500.
 
