@@ -1,4 +1,4 @@
-"""The command line: `attnlab doctor`, `attnlab lab`, `attnlab results`.
+"""The command line: `attnlab doctor`, `attnlab lab`, `results`, `train`, `video`.
 
 Each command imports what it needs when it runs, so that `attnlab --help` needs nothing.
 """
@@ -37,14 +37,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = commands.add_parser("results", help="compute the tables in results/")
     results.add_argument("names", nargs="*", help="tables, like 01_attention.positions; else all")
     results.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2")
+    video = commands.add_parser("video", help="segment a video file, or detect, frame by frame")
+    video.add_argument("source", help="any video that FFmpeg reads")
+    video.add_argument("--out", required=True, help="the video to write; it must not exist yet")
+    video.add_argument("--model", default="clip_segmenter", help="a checkpoint's name or path")
+    video.add_argument("--size", type=int, default=64, help="px of the side that the model sees")
+    commands.add_parser("train", add_help=False, help="train a model on ImageNet or bundled data")
     chosen, others = parser.parse_known_args(arguments)
     if chosen.command == "lab":
         try:
             return open_lab(chosen.chapter, others)
         except ValueError as error:
             lab.error(str(error))
+    if chosen.command == "train":
+        return train(others)
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if chosen.command == "video":
+        try:
+            return annotate_video(chosen.source, chosen.out, chosen.model, chosen.size)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            video.error(str(error))
     if chosen.command == "results":
         return compute_results(chosen.names, chosen.seeds)
     return load_alone("attnlab_doctor", PACKAGE / "lab" / "doctor.py").main()
@@ -55,6 +68,20 @@ def compute_results(names: list[str], seeds: list[int] | None) -> int:
     from attnlab.lab import results
 
     return results.main(names, seeds or results.SEEDS)
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train a classifier; its arguments are those of `attnlab.lab.train_command`."""
+    from attnlab.lab import train_command
+
+    return train_command.main(arguments)
+
+
+def annotate_video(source: str, out: str, model: str, size: int) -> int:
+    """Write a video with what a model says about each of its frames."""
+    from attnlab.lab import video_file
+
+    return video_file.main(source, out, model, size)
 
 
 def open_lab(chapter: str, options: Sequence[str] = ()) -> int:
