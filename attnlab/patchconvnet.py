@@ -119,7 +119,7 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         branch = F.gelu(self.conv1(self.norm(x)))
         branch = self.conv3(self.se(F.gelu(self.conv2(branch))))
-        return x + self.drop_path(rearrange(self.gamma, "d -> d 1 1") * branch)
+        return torch.addcmul(x, rearrange(self.gamma, "d -> d 1 1"), self.drop_path(branch))
 
 
 class ClassHead(nn.Linear):
@@ -269,7 +269,8 @@ class PatchConvNet(nn.Module):
     def class_activation_maps(self, x: Tensor) -> Tensor:
         """Images → what each place says for each class, `(B, num_classes, h, w)`.
 
-        The classifier at every place (Zhou et al. 2016); signed. Its mean over places is the logits of a mean pool.
+        The classifier at every place (Zhou et al. 2016); signed. Their mean over places is the
+        logits of `AveragePool`.
 
         Raises:
             ValueError: the model pools by attention, after which the classifier reads no place.
