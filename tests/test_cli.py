@@ -108,7 +108,7 @@ def test_what_is_wrong_is_said(chapters, started, capsys, monkeypatch):
     assert "chapter: expected one of 00_start_here, 01_attention, " in message
     assert message.endswith("got 'cbam'\n")
     assert "unrecognized arguments: --fast" in failure(capsys, "doctor", "--fast")
-    assert "invalid choice: 'train'" in failure(capsys, "train")
+    assert "invalid choice: 'predict'" in failure(capsys, "predict")
     assert "invalid int value: 'zero'" in failure(capsys, "results", "--seeds", "zero")
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert 'JupyterLab is not installed: pip install "attnlab[lab]"' in failure(capsys, "lab")
@@ -131,6 +131,17 @@ def test_results_are_delegated(monkeypatch):
     assert cli.main(["results"]) == 0
     assert cli.main(["results", "01_attention.positions", "--seeds", "3", "4"]) == 0
     assert calls == [([], (5, 6)), (["01_attention.positions"], [3, 4])]
+
+
+def test_training_gets_all_words(monkeypatch):
+    calls = []
+    module = types.ModuleType("attnlab.lab.train_command")
+    module.main = lambda words: calls.append(words) or 3
+    monkeypatch.setitem(sys.modules, "attnlab.lab.train_command", module)
+    monkeypatch.setattr("attnlab.lab.train_command", module, raising=False)
+    words = ["vit_mini", "--data", "parts", "--lr", "0.1", "--no-resume", "--help"]
+    assert cli.main(["train", *words]) == 3
+    assert calls == [words]
 
 
 def test_doctor_gives_its_exit_code(monkeypatch):

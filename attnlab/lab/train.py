@@ -131,7 +131,7 @@ def fit(
     inside("(0, 1)", ema=0.5 if ema is None else ema)
     require(schedule in SCHEDULES, "schedule", schedule, f"one of {sorted(SCHEDULES)}")
 
-    device, rank, processes = _join(device)
+    device, rank, processes = join(device)
     batch_size = min(batch_size, size)
     fits = batch_size % processes == 0
     require(fits, "batch_size", batch_size, f"a multiple of the {processes} processes")
@@ -150,12 +150,7 @@ def fit(
         "schedule": schedule, "seed": seed, "autocast": autocast, "ema": ema,
         "processes": processes,
     }  # fmt: skip
-    try:
-        optimizer = create_optimizer_v2(plain, opt=optimizer, lr=lr, weight_decay=weight_decay)
-    except (ValueError, AssertionError) as error:
-        raise ValueError(
-            f"optimizer={optimizer!r}: expected one that timm knows ({error})"
-        ) from error
+    optimizer = make_optimizer(plain, optimizer, lr, weight_decay)
     scheduler = _scheduler(optimizer, schedule, lr, steps, round(warmup * steps))
     average = ModelEmaV3(plain, decay=ema, use_warmup=True) if ema else None
     final = average.module if average else plain
@@ -225,6 +220,16 @@ def _evaluate(evaluate: Callable, model: nn.Module) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
+def make_optimizer(
+    model: nn.Module, name: str, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """timm's optimizer of that name. Raises ValueError when it knows none."""
+    try:
+        return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"optimizer={name!r}: expected one that timm knows ({error})") from error
+
+
 def _scheduler(optimizer: Any, schedule: str, lr: float, steps: int, rising: int) -> Any:
     """timm's schedule, with one of its epochs for one step: `rising` steps up, the others down."""
     scheduler, _ = create_scheduler_v2(
@@ -234,7 +239,7 @@ def _scheduler(optimizer: Any, schedule: str, lr: float, steps: int, rising: int
     return scheduler
 
 
-def _join(device: torch.device | str | None) -> tuple[torch.device, int, int]:
+def join(device: torch.device | str | None) -> tuple[torch.device, int, int]:
     """Device, rank, number of processes. Under torchrun, joins the group until the process ends."""
     try:
         device = torch.device(device or lab.device())
