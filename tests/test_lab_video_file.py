@@ -154,7 +154,17 @@ def test_boxes_are_drawn_where_they_are():
 
 
 def cut(path: Path) -> Path:
-    path.write_bytes(write_video(path.with_name("whole.mp4"), codec="h264").read_bytes()[:1000])
+    """Its index is at the end, and missing."""
+    whole = write_video(path.with_name("whole.mp4"), codec="h264").read_bytes()
+    path.write_bytes(whole[: whole.index(b"moov") - 4])
+    return path
+
+
+def damaged(path: Path) -> Path:
+    """The fourth picture is damaged."""
+    parts = write_video(path, codec="png").read_bytes().split(b"IDAT")
+    parts[4] = bytes(20) + parts[4][20:]
+    path.write_bytes(b"IDAT".join(parts))
     return path
 
 
@@ -186,6 +196,7 @@ def text(path: Path) -> Path:
         (lambda path: path, "none.mp4", "expected a video that can be read"),
         (text, "text.mp4", "expected a video that can be read"),
         (cut, "cut.mp4", "expected a video that can be read"),
+        (damaged, "damaged.avi", "expected a video that can be read"),
         (sound, "sound.wav", "expected a video stream in the file; it has ['audio']"),
         (growing, "growing.mjpeg", "frame 6 has 96×128 px: expected 48×64 px"),
     ],

@@ -155,7 +155,7 @@ def test_deep_feature_flow_gets_gradients_everywhere(head, batch, device):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in part.parameters())
 
 
-def test_models_with_memory_area_and_windows_have_losses(batch, device):
+def test_models_with_memory_area_and_windows_have_losses(clips, batch, device):
     torch.manual_seed(0)
     parts = {"backbone": clip_backbone(32, 1), "head": SegmentationHead(32)}
     aggregator = FrameAggregator(32, 8)
@@ -171,6 +171,8 @@ def test_models_with_memory_area_and_windows_have_losses(batch, device):
     torch.set_rng_state(state)
     without = pair_loss(recursive, batch, reach=2, area_weight=0.0)
     assert 0 <= (with_area - without).item() <= 5.0
+    answer = next(answers_at(recursive, clips, 1))
+    assert answer.output.shape == (6, 9, 32, 48)
     guided = FlowGuidedAggregation(
         **parts, flow_net=FlowNet(width=4), aggregator=aggregator, radius=1
     ).to(device)

@@ -62,7 +62,8 @@ def average_precision_by(
     """Mean average precision of each group of objects, such as slow and fast ones.
 
     Objects of the other groups are ignored, so that finding them is neither right nor wrong; a
-    prediction that lies on no object is wrong in every group. (FGFA reports VID so, Sec. 5.)
+    prediction that lies on no object is wrong in every group. FGFA reports its scores by speed too,
+    but by a rule of its own; here it is COCO's, for crowds.
 
     Args:
         groups: name → (low, high); an object belongs to it when low ≤ its value < high.
@@ -92,8 +93,8 @@ def average_precision_by(
 def motion_iou(boxes: Tensor, frame: int, reach: int = 3) -> Tensor:
     """How slowly objects move: mean IoU of each one's box with its boxes in nearby frames.
 
-    FGFA, Sec. 5, takes ±10 frames and calls objects above 0.9 slow, below 0.7 fast. Small objects
-    in short clips need a shorter reach.
+    FGFA takes ±10 frames and calls objects above 0.9 slow, below 0.7 fast. Small objects in short
+    clips need a shorter reach.
 
     Args:
         boxes: `(K, T, 4)`, zero in a frame that does not show the object.

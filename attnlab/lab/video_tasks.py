@@ -84,7 +84,7 @@ def draw_pair(frames: int, reach: int) -> tuple[int, int]:
 def pair_loss(model: nn.Module, batch: Batch, reach: int = 5, area_weight: float = 2.0) -> Tensor:
     """The loss of the task at a frame, from features carried there from a key frame before it.
 
-    One pair is drawn for the batch (DFF, Sec. 3.2); with `reach=0` the model sees single frames.
+    One pair is drawn for the whole batch; with `reach=0` the model sees single frames.
 
     Args:
         model: `model(frame, key)` → its `head`'s outputs, or (outputs, area) where area is the
@@ -145,7 +145,7 @@ def frozen(*parts: nn.Module) -> Iterator[None]:
     """Train the rest: inside, `parts` get no gradients, and stay in eval mode when they run."""
     was = [(p, p.requires_grad) for part in parts for p in part.parameters()]
     hooks = [
-        module.register_forward_pre_hook(lambda module, _: module.eval() and None)
+        module.register_forward_pre_hook(_stay_in_eval)
         for part in parts
         for module in part.modules()
     ]
@@ -158,6 +158,10 @@ def frozen(*parts: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required)
         for hook in hooks:
             hook.remove()
+
+
+def _stay_in_eval(module: nn.Module, _: Any) -> None:
+    module.eval()
 
 
 class Answer(NamedTuple):
@@ -174,6 +178,9 @@ def answers_at(
 ) -> Iterator[Answer]:
     """`model(frame, key)` for every clip, `offset` frames after the key frame.
 
+    Of (output, area), the output. A function in place of a module is called as it is: put what it
+    calls into eval mode.
+
     Args:
         frame: the number of the frame, the last one by default: the same for every offset, so that
             all offsets are asked about the same pictures.
@@ -189,6 +196,7 @@ def answers_at(
         images = batch["image"]
         with torch.no_grad():
             output = model(images[:, :, i], images[:, :, i - offset])
+        output = output[0] if isinstance(output, tuple) else output
         yield Answer(output, batch, i, i - offset)
 
 
