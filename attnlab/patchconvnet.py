@@ -123,10 +123,7 @@ class ConvBlock(nn.Module):
 
 
 class ClassHead(nn.Linear):
-    """Each class vector to its own score: `(B, k, d)` → `(B, k)`, ⟨W_j, c_j⟩ + b_j.
-
-    With one row in place of k it is shared by all classes.
-    """
+    """⟨W_j, c_j⟩ + b_j: `(B, k, d)` → `(B, k)`. One row in place of k is shared by all classes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x * self.weight).sum(-1) + self.bias
@@ -262,15 +259,15 @@ class PatchConvNet(nn.Module):
         """Images → where the pooling looked: `(B, 1, h, w)`; `(B, num_classes, h, w)` multiclass.
 
         See `AttentionPool.maps`. Every map has its own softmax over the places, also the map of a
-        class that is not there: show it with the class's score.
+        class that is not there: show it with the class's score. (Another pool comes after `norm`:
+        `model.pool.maps(model.norm(model.forward_features(x)))`.)
         """
         return self.pool.maps(self.forward_features(x), normalize)
 
     def class_activation_maps(self, x: Tensor) -> Tensor:
-        """Images → what each place says for each class, `(B, num_classes, h, w)`.
+        """Images → the classifier at every place, `(B, num_classes, h, w)` (Zhou et al. 2016).
 
-        The classifier at every place (Zhou et al. 2016); signed. Their mean over places is the
-        logits of `AveragePool`.
+        Signed. Their mean over places is the logits of `AveragePool`.
 
         Raises:
             ValueError: the model pools by attention, after which the classifier reads no place.

@@ -41,7 +41,7 @@ class GeneralizedMeanPool(nn.Module):
         super().__init__()
         if p <= 0:
             raise ValueError(f"p={p}: expected a positive exponent")
-        self.p = nn.Parameter(torch.tensor(p))
+        self.p = nn.Parameter(torch.tensor(float(p)))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class LogSumExpPool(nn.Module):
         super().__init__()
         if r <= 0:
             raise ValueError(f"r={r}: expected a positive sharpness")
-        self.r = nn.Parameter(torch.tensor(r))
+        self.r = nn.Parameter(torch.tensor(float(r)))
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x)
