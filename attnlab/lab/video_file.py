@@ -102,10 +102,14 @@ def draw(frame: np.ndarray, size: tuple[int, int], output: Any) -> np.ndarray:
 
 
 def _with_classes(frame: np.ndarray, logits: Tensor) -> np.ndarray:
-    """Tint what is not background by its class, and name the classes in the corner."""
+    """Tint what is not background by its class, and name the classes in the corner.
+
+    By the names of the bundled objects where there are as many classes, else by number.
+    """
     logits = F.interpolate(logits.float(), frame.shape[:2], mode="bilinear", align_corners=False)
     classes = logits[0].argmax(0).cpu().numpy()
     present = [n for n in np.unique(classes).tolist() if n > 0]
+    known = logits.shape[1] == len(OBJECTS) + 1
     tinted = frame.copy()
     for n in present:
         inside = classes == n
@@ -114,7 +118,8 @@ def _with_classes(frame: np.ndarray, logits: Tensor) -> np.ndarray:
     canvas, font = ImageDraw.Draw(image), _font(image)
     for row, n in enumerate(present):
         where = (2, 2 + row * int(1.3 * font.size))
-        canvas.text(where, _name(n - 1), _color(n - 1), font, stroke_width=1, stroke_fill="black")
+        name = OBJECTS[n - 1] if known else f"class {n}"
+        canvas.text(where, name, _color(n - 1), font, stroke_width=1, stroke_fill="black")
     return np.asarray(image)
 
 
@@ -127,17 +132,13 @@ def _with_boxes(frame: np.ndarray, size: tuple[int, int], found: dict[str, Tenso
     for n in (scores >= LEAST_SCORE).nonzero().flatten().tolist():
         box, label = (boxes[n] * scale).tolist(), int(labels[n])
         canvas.rectangle(box, outline=_color(label), width=max(1, font.size // 6))
-        text = f"{_name(label)} {scores[n]:.2f}"
+        text = f"{OBJECTS[label] if label < len(OBJECTS) else label} {scores[n]:.2f}"
         canvas.text(box[:2], text, _color(label), font, stroke_width=1, stroke_fill="black")
     return np.asarray(image)
 
 
 def _color(label: int) -> tuple[int, int, int]:
     return ImageColor.getrgb(COLORS[label % len(COLORS)])
-
-
-def _name(label: int) -> str:
-    return OBJECTS[label] if label < len(OBJECTS) else f"class {label}"
 
 
 def _font(image: Image.Image) -> ImageFont.FreeTypeFont:
