@@ -5,6 +5,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_spformer_segmentation import lay_ade
 from torch import nn
 
@@ -59,6 +61,15 @@ def test_equals_a_second_implementation_that_resizes_first(training, device):
     battery.check_matches(head, lambda x: reference(head, x), x)
 
 
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(2, 9), columns=st.integers(2, 9))
+def test_maps_of_any_size(rows, columns):
+    head = battery.randomize(UPerNetHead(4, 3, inter_channels=2)).double().eval()
+    x = torch.randn(1, 4, rows, columns, dtype=torch.float64)
+    assert head(x).shape == (1, 3, 4 * rows, 4 * columns)
+    torch.testing.assert_close(head(x), reference(head, x), rtol=0, atol=1e-9)
+
+
 def test_the_head_passes_the_battery(device):
     def make():
         return UPerNetHead(16, 7, inter_channels=8).to(device)
@@ -73,7 +84,8 @@ def test_the_head_passes_the_battery(device):
     battery.check_batch_independent(make(), x)
     battery.check_input_untouched(make(), x)
     battery.check_autocast(make(), x)
-    battery.check_compiles(make(), x)
+    small = UPerNetHead(16, 7, inter_channels=4, scales=(2, 1), bins=(1, 2)).to(device)
+    battery.check_compiles(small, x)
     battery.check_state_dict_round_trip(make, x)
 
 
