@@ -11,7 +11,12 @@ from unittest import mock
 import pytest
 
 # scripts/build_chapters.py makes the notebooks under the same settings.
-KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "ATTNLAB_SOLUTIONS": "on"}
+KERNEL_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "2",
+    "MKL_NUM_THREADS": "2",
+    "ATTNLAB_SOLUTIONS": "on",
+    "ATTNLAB_PROGRESS": "off",  # what is solved here, no learner has solved
+}
 # Warnings differ between machines. Rich HTML differs in ids and styles; its plain text is compared.
 NOT_COMPARED = ("stderr", "text/html")
 CELL_TIMEOUT = 300  # seconds; nbval then stops the cell, and expects the later ones to fail

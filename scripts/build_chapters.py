@@ -38,7 +38,12 @@ MAX_BYTES = 2**20
 SLOW_SECONDS = 5
 CELL_TIMEOUT = 600
 # chapters/conftest.py checks the notebooks under the same settings.
-KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "ATTNLAB_SOLUTIONS": "on"}
+KERNEL_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "2",
+    "MKL_NUM_THREADS": "2",
+    "ATTNLAB_SOLUTIONS": "on",
+    "ATTNLAB_PROGRESS": "off",  # what is solved here, no learner has solved
+}
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {

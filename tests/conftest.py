@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 
+os.environ["ATTNLAB_PROGRESS"] = "off"  # tests write into no learner's file
+
 # Two cores run the suite; more threads than that slow small tensors down.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 

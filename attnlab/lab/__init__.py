@@ -19,6 +19,7 @@ _FUNCTIONS = {
     "fit": "train",
     "hint": "exercises",
     "load": "data",
+    "progress": "exercises",
     "seed_everything": "train",
     "solution": "exercises",
 }

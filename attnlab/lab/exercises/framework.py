@@ -82,6 +82,14 @@ class Exercise:
         head = source.splitlines()[: docstring.end_lineno]
         return "\n".join([*head, "    raise NotImplementedError", ""])
 
+    @property
+    def imports(self) -> list[str]:
+        """The import statements of the solution's file, the framework's left out."""
+        source = inspect.getsource(inspect.getmodule(self.solution))
+        nodes = [n for n in ast.parse(source).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        lines = [ast.unparse(node) for node in nodes]
+        return [line for line in lines if not line.startswith(f"from {__package__}.")]
+
     def start(self) -> Callable:
         """The stub as a function."""
         scope = dict(self.solution.__globals__)
@@ -113,11 +121,46 @@ class Result:
         )
 
 
-def judge(exercise: Exercise, function: Any, seed: int = 0) -> Result:
+@dataclass(frozen=True)
+class Outcome:
+    """What one call of a learner's function did."""
+
+    output: Any = None
+    clash: str = ""  # why it cannot be called with these arguments
+    raised: str = ""  # what it raised, and where
+    untouched: bool = False  # it raised a plain NotImplementedError, as a stub does
+    written: tuple[int, ...] = ()  # the arguments that it wrote to
+    printed: str = ""
+
+
+def call(function: Callable, args: tuple) -> Outcome:
+    """Call a learner's function, and come back whatever it does."""
+    if clash := _signature_clash(function, args):
+        return Outcome(clash=clash)
+    given = copy.deepcopy(args)
+    printed = _Printed()
+    try:
+        with redirect_stdout(printed), torch.random.fork_rng(devices=[]):
+            output = function(*given)
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        # The stub's own line; PyTorch raises this class too, with a message.
+        stub = isinstance(error, NotImplementedError) and not error.args
+        return Outcome(raised=raised(error), untouched=stub, printed=printed.excerpt())
+    pairs = enumerate(zip(args, given, strict=True))
+    written = tuple(index for index, (a, b) in pairs if difference(a, b))
+    return Outcome(output, written=written, printed=printed.excerpt())
+
+
+def judge(
+    exercise: Exercise,
+    function: Any,
+    seed: int = 0,
+    call: Callable[[Callable, tuple], Outcome] = call,
+) -> Result:
     """Run `function` on the exercise's cases and stop at the first that is not right.
 
     Whatever the function does becomes a `Result`: it may raise, exit, be interrupted, print,
-    return anything, or write to its arguments.
+    return anything, or write to its arguments. `call` can run it elsewhere.
     """
     if not callable(function):
         return Result(
@@ -130,43 +173,37 @@ def judge(exercise: Exercise, function: Any, seed: int = 0) -> Result:
     # Every answer is computed before the learner's code runs: nothing it does can reach one.
     answered = [(case, exercise.solution(*case.args)) for case in cases]
     for number in range(len(answered)):
-        if result := _judge_last(exercise, function, answered[: number + 1]):
+        outcome = call(function, answered[number][0].args)
+        if result := _judge_last(exercise, outcome, answered[: number + 1]):
             return result
     return Result(exercise.name, "correct", f"All {len(cases)} cases agree.")
 
 
 def _judge_last(
-    exercise: Exercise, function: Callable, answered: list[tuple[Case, Any]]
+    exercise: Exercise, outcome: Outcome, answered: list[tuple[Case, Any]]
 ) -> Result | None:
-    """The result that the last of these cases gives, or None when it is right like the others."""
+    """The result of the last case's outcome, or None when it is right like the others."""
     *passed, (case, answer) = answered
     names = list(inspect.signature(exercise.solution).parameters)
-    given = copy.deepcopy(case.args)
-    printed = _Printed()
 
     def wrong(*lines: str, hint: str = exercise.hints[0], status: str = "wrong") -> Result:
         inputs = [f"  {n} = {show(value)}" for n, value in zip(names, case.args, strict=True)]
         text = [f"Case: {case.about}.", *inputs, *lines]
-        if printed.getvalue():
-            text += ["Your function printed:", textwrap.indent(printed.excerpt(), "  ")]
+        if outcome.printed:
+            text += ["Your function printed:", textwrap.indent(outcome.printed, "  ")]
         return Result(exercise.name, status, "\n".join(text), hint)
 
-    if clash := _signature_clash(function, case.args):
-        return wrong(f"It cannot be called with ({', '.join(names)}): {clash}.")
-    try:
-        with redirect_stdout(printed), torch.random.fork_rng(devices=[]):
-            output = function(*given)
-    except (Exception, SystemExit, KeyboardInterrupt) as error:
-        # The stub's own line; PyTorch raises this class too, with a message.
-        if isinstance(error, NotImplementedError) and not error.args and not passed:
-            text = "Replace `raise NotImplementedError` by your own lines, and run the cells again."
-            return Result(exercise.name, "not attempted", text)
-        return wrong(_raised(error))
-
-    written = [n for n, a, b in zip(names, case.args, given, strict=True) if difference(a, b)]
-    if written:
-        return wrong(f"It writes to its input {' and '.join(written)}.", hint=IN_PLACE)
-    found = difference(answer, output)
+    if outcome.clash:
+        return wrong(f"It cannot be called with ({', '.join(names)}): {outcome.clash}.")
+    if outcome.untouched and not passed:
+        text = "Replace `raise NotImplementedError` by your own lines, and run the cells again."
+        return Result(exercise.name, "not attempted", text)
+    if outcome.raised:
+        return wrong(outcome.raised)
+    if outcome.written:
+        written = " and ".join(names[index] for index in outcome.written)
+        return wrong(f"It writes to its input {written}.", hint=IN_PLACE)
+    found = difference(answer, outcome.output)
     if found is None:
         return None
     lines = (found.words, f"  expected {show(found.expected)}", f"  got      {show(found.got)}")
@@ -176,7 +213,7 @@ def _judge_last(
     for hint, mistake in exercise.mistakes:
         if _is_like(mistake, found, answered):
             return wrong(*lines, hint=hint)
-    return wrong(*lines, hint=NO_RETURN) if output is None else wrong(*lines)
+    return wrong(*lines, hint=NO_RETURN) if outcome.output is None else wrong(*lines)
 
 
 @dataclass(frozen=True)
@@ -209,7 +246,7 @@ def difference(expected: Any, got: Any, place: tuple[int, ...] = ()) -> Differen
         return None if got == expected else found("The number differs.")
     if not isinstance(got, torch.Tensor):
         return found(f"Not a tensor but {_a(got)} came back.")
-    if not _is_plain(got):
+    if not is_plain(got):
         return found(f"A plain tensor on the CPU is expected, not {got.layout} on {got.device}.")
     if got.shape != expected.shape:
         return found(f"The shape is {tuple(got.shape)} and should be {tuple(expected.shape)}.")
@@ -226,7 +263,7 @@ def difference(expected: Any, got: Any, place: tuple[int, ...] = ()) -> Differen
     return found(words + ".")
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
     return not tensor.is_nested and tensor.layout == torch.strided and tensor.device.type == "cpu"
 
 
@@ -252,7 +289,7 @@ def _signature_clash(function: Callable, args: tuple) -> str:
     return ""
 
 
-def _raised(error: BaseException) -> str:
+def raised(error: BaseException) -> str:
     """What was raised, and the line of the learner's own code that did it."""
     if isinstance(error, KeyboardInterrupt):
         what = "You stopped it"
@@ -288,7 +325,7 @@ class _Printed(io.StringIO):
 def show(value: Any) -> str:
     """A value in a line: kind and shape, and the numbers when they are few."""
     if isinstance(value, torch.Tensor):
-        if not _is_plain(value):
+        if not is_plain(value):
             return f"{_dtype(value)} {value.layout} on {value.device}"
         kind = f"{_dtype(value)} {tuple(value.shape)}"
         return f"{kind}: {_numbers(value)}" if value.numel() <= SHOWN_ENTRIES else kind
