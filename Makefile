@@ -2,7 +2,7 @@
 #   make lab PYTHON=python3.12      make .venv with this Python
 #   make test ARGS="-k attention"   pass arguments on to what the command runs
 
-COMMANDS := lab test setup lint format chapters results doctor bench
+COMMANDS := lab test setup lint format chapters results handout slides site doctor bench
 .PHONY: help lock clean $(COMMANDS)
 
 help:      ## show this list
@@ -14,6 +14,9 @@ lint:      ## ruff check and ruff format --check
 format:    ## let ruff mend what it can
 chapters:  ## execute chapters/source/*.py into chapters/*.ipynb
 results:   ## compute the tables in results/
+handout:   ## make a zip for students, without solutions, and one for teachers
+slides:    ## make a lecture of every chapter, in build/slides
+site:      ## make the site, in build/site
 doctor:    ## check this machine and say what would mend it
 bench:     ## run the benchmarks
 

@@ -21,6 +21,9 @@ COMMANDS = {
     "format": [["-m", "ruff", "check", "--fix", "."], ["-m", "ruff", "format", "."]],
     "chapters": [["scripts/build_chapters.py"]],
     "results": [[*ATTNLAB, "results"]],
+    "handout": [["scripts/make_editions.py"]],
+    "slides": [["scripts/make_slides.py"]],
+    "site": [["scripts/make_site.py"]],
     "doctor": [[*ATTNLAB, "doctor"]],
     "bench": [[f"benchmarks/{path.name}"] for path in sorted(ROOT.glob("benchmarks/[!_]*.py"))],
 }
