@@ -21,6 +21,16 @@ from attnlab.dependencyvit import (
     dependencyvit_small,
     dependencyvit_tiny,
 )
+from attnlab.patchconvnet import (
+    patchconvnet_b60,
+    patchconvnet_b120,
+    patchconvnet_l60,
+    patchconvnet_l120,
+    patchconvnet_mini,
+    patchconvnet_s60,
+    patchconvnet_s60_multi,
+    patchconvnet_s120,
+)
 from attnlab.resnet import resnet_mini
 from attnlab.spformer import (
     spformer_base_patch16,
@@ -62,6 +72,8 @@ for _factory in (
     *(deit_tiny, deit_small, deit_base, vit_mini),
     *(resnet_mini, se_resnet_mini, se_resnet50, sknet50),
     *(cbam_resnet_mini, cbam_resnet18, cbam_resnet34, cbam_resnet50, cbam_resnet101),
+    *(patchconvnet_mini, patchconvnet_s60, patchconvnet_s60_multi, patchconvnet_s120),
+    *(patchconvnet_b60, patchconvnet_b120, patchconvnet_l60, patchconvnet_l120),
     *(dependencyvit_mini, dependencyvit_tiny, dependencyvit_small),
     *(dependencyvit_lite_tiny, dependencyvit_lite_small),
     *(spformer_mini, spformer_tiny_patch16, spformer_tiny_patch16_convstem),

@@ -36,10 +36,12 @@ print(*sorted(set(timm.list_models()) - before))
 print(len(before - set(timm.list_models())), attnlab.__version__)
 """)
     added, rest = printed.splitlines()
-    ours = """cbam_resnet101 cbam_resnet18 cbam_resnet34 cbam_resnet50 cbam_resnet_mini deit_base
-    deit_small deit_tiny dependencyvit_lite_small dependencyvit_lite_tiny dependencyvit_mini
-    dependencyvit_small dependencyvit_tiny resnet_mini se_resnet50 se_resnet_mini sknet50
-    spformer_base_patch16 spformer_base_patch16_convstem spformer_mini spformer_small_patch16
+    ours = """cbam_resnet101 cbam_resnet18 cbam_resnet34 cbam_resnet50 cbam_resnet_mini
+    deit_base deit_small deit_tiny dependencyvit_lite_small dependencyvit_lite_tiny
+    dependencyvit_mini dependencyvit_small dependencyvit_tiny patchconvnet_b120 patchconvnet_b60
+    patchconvnet_l120 patchconvnet_l60 patchconvnet_mini patchconvnet_s120 patchconvnet_s60
+    patchconvnet_s60_multi resnet_mini se_resnet50 se_resnet_mini sknet50 spformer_base_patch16
+    spformer_base_patch16_convstem spformer_mini spformer_small_patch16
     spformer_small_patch16_convstem spformer_small_patch32 spformer_small_patch32_convstem
     spformer_small_patch56 spformer_small_patch56_convstem spformer_tiny_patch16
     spformer_tiny_patch16_convstem vit_mini"""
