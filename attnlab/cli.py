@@ -37,6 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = commands.add_parser("results", help="compute the tables in results/")
     results.add_argument("names", nargs="*", help="tables, like 01_attention.positions; else all")
     results.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2")
+    grade = commands.add_parser("grade", help="grade a folder of learners' notebooks or scripts")
+    grade.add_argument("folder", type=Path, help="each .ipynb and .py below it is a submission")
+    grade.add_argument("--out", type=Path, default=Path("grades.csv"), help="default: grades.csv")
+    grade.add_argument("--chapters", nargs="+", default=(), help="like 01; else those they name")
+    grade.add_argument("--seeds", nargs="+", type=int, help="hidden ones; drawn once by default")
+    grade.add_argument("--seconds", type=float, default=20, help="for an exercise; default: 20")
+    grade.add_argument("--jobs", type=int, help="submissions at a time; default: one per core")
+    grade.add_argument("--unprotected", action="store_true", help="where there are no namespaces")
     video = commands.add_parser("video", help="segment a video file, or detect, frame by frame")
     video.add_argument("source", help="any video that FFmpeg reads")
     video.add_argument("--out", required=True, help="the video to write; it must not exist yet")
@@ -60,6 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             video.error(str(error))
     if chosen.command == "results":
         return compute_results(chosen.names, chosen.seeds)
+    if chosen.command == "grade":
+        from attnlab.lab.grading import main as grade_submissions
+
+        return grade_submissions(chosen)
     return load_alone("attnlab_doctor", PACKAGE / "lab" / "doctor.py").main()
 
 
