@@ -25,6 +25,15 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More gain nothing on small images, and fight where cores are few."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def root(tmp_path) -> Path:
     """Eight images to learn from and four to test on, red and green, sorted into class folders."""

@@ -35,6 +35,15 @@ TRUNKS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More gain nothing on small images, and fight where cores are few."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def scenes(split="train", n=16):
     return data.load("scenes", split, n=n, objects=(1, 2), scale=(0.4, 0.7))
 

@@ -24,8 +24,9 @@ def resized(x, scale):
     """The map at another scale, bilinearly, with half-pixel centers, one axis after the other."""
     for axis in (2, 3):
         count = int(scale * x.shape[axis])
-        centers = (torch.arange(count) + 0.5) * x.shape[axis] / count - 0.5
-        centers = centers.to(x).clamp(0, x.shape[axis] - 1)
+        places = torch.arange(count, dtype=x.dtype, device=x.device)
+        centers = (places + 0.5) * x.shape[axis] / count - 0.5
+        centers = centers.clamp(0, x.shape[axis] - 1)
         low = centers.floor().long()
         high = (low + 1).clamp(max=x.shape[axis] - 1)
         shape = [-1 if i == axis else 1 for i in range(4)]
