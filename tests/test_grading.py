@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from bad_submissions import CARELESS, HARMLESS, HOSTILE, RIGHT, SECRET
 
 from attnlab.cli import main as command_line
@@ -195,6 +196,57 @@ def called(sandbox, source: str, name: str, cases: list[tuple]) -> list[dict]:
         return [runner.get() for _ in cases]
 
 
+def outcome(output=None, **others) -> dict:
+    said = {"output": output, "clash": "", "raised": "", "untouched": False, "written": ()}
+    return {**said, "printed": "", **others}
+
+
+FOUND = {"found": True, "problem": "", "callable": True, "shown": None}
+JUNK = type("", (), {})()
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [], [None], [{}], ["correct"], [{"unreadable": "", "problems": 3}],
+        [{"unreadable": JUNK, "problems": []}],
+        *([{"unreadable": "", "problems": [JUNK, "\ud800"]}, *rest] for rest in (
+            [], [None], [{**FOUND, "callable": "yes"}], [{**FOUND, "callable": 0, "shown": JUNK}],
+            [{**FOUND, "found": False, "problem": torch.ones(3)}], [FOUND], [FOUND, 3],
+            [FOUND, {"status": "correct"}], [FOUND, outcome(written=3)],
+            [FOUND, outcome(written=[99, -1, float("inf")])], [FOUND, outcome(JUNK)],
+            [FOUND, outcome(raised="\ud800" * 10**6)], [FOUND, outcome(clash=torch.ones(2))],
+            [FOUND, outcome([torch.ones(2)] * 9)], [FOUND, outcome(torch.tensor(float("nan")))],
+        )),
+    ],
+)  # fmt: skip
+def test_no_message_gives_a_verdict_or_stops_the_run(messages, tmp_path):
+    """A process that a submission has taken over can send what it likes."""
+
+    class Forged:
+        said = iter(messages)
+
+        def get(self):
+            return next(self.said)
+
+        def ask_file(self, content, notebook):
+            return self.get()
+
+        def ask(self, value):
+            pass
+
+        def allow(self, seconds):
+            pass
+
+    said = {}
+    grading._ask_all(Forged(), b"", False, CHAPTER[:1], [0, 1], 1, said)
+    result = grading._verdict(CHAPTER[0], [0, 1], said)
+    assert result["status"] in ("wrong", "missing", "unreadable")
+    assert len(result["text"]) <= grading.MAX_TEXT
+    grading.write_report(tmp_path / "a.txt", {"submission": "a", "results": [result]})
+    grading.write_json(tmp_path / "a.json", result)
+
+
 def test_a_folder_of_one_submission_is_not_that_of_the_next(sandbox):
     source = "import os\ndef f(x):\n    open('left', 'w').write('x')\n    return os.listdir('.')\n"
     for _ in range(2):
@@ -268,7 +320,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grading, "run", lambda s, *rest: ran.append(s.name) or run(s, *rest))
     monkeypatch.setattr(grading, "write_report", write)
     assert command_line(["grade", str(folder), "--out", str(out)]) == 0
-    assert len(ran) in (1, 2)
+    assert len(ran) == 2
     assert len(out.read_text().splitlines()) == 5
     assert (tmp_path / "grades" / "run.json").read_text() == seeds
 

@@ -24,13 +24,13 @@ from typing import Any
 from attnlab.lab.exercises import RECORDED, catalogue
 from attnlab.lab.exercises.framework import Exercise, Outcome, judge
 from attnlab.lab.files import PACKAGE, sha256, write_json
-from attnlab.lab.grading_report import write_report, write_tables
+from attnlab.lab.grading_report import plain, write_report, write_tables
 from attnlab.lab.grading_sandbox import Runner, Sandbox, SandboxError
-from attnlab.lab.grading_wire import BadMessage
 
 MAX_FILE = 64 * 2**20
 READ_SECONDS = 60  # to read a file, which may hold 50 MB of outputs
 HIDDEN_SEEDS = 2
+MAX_TEXT = 4_000  # characters that a report says of one exercise
 Outcomes = dict[str, Any]  # exercise → what the runner said of it, see `_ask`
 
 
@@ -229,30 +229,30 @@ def _ask_all(
     try:
         read = runner.ask_file(content, notebook)
         unreadable, problems = str(read["unreadable"]), list(read["problems"])
-    except (EOFError, TimeoutError, BadMessage, TypeError, KeyError) as error:
+    except Exception as error:  # it is the submission's own process that speaks here
         unreadable = f"The file could not be read: {_failure(error, READ_SECONDS)}"
     if unreadable:
         said.update({e.name: {"unreadable": unreadable} for e in exercises})
         return
     for exercise in exercises:
         answer = said[exercise.name] = {"outcomes": [], "problems": problems}
+        cases = [case.args for seed in seeds for case in exercise.cases(seed)]
+        name, prelude = exercise.solution.__name__, "\n".join(exercise.imports)
         runner.allow(seconds)
         try:
-            cases = [case.args for seed in seeds for case in exercise.cases(seed)]
-            name, prelude = exercise.solution.__name__, "\n".join(exercise.imports)
             runner.ask({"name": name, "prelude": prelude, "cases": cases})
             found = runner.get()
             answer |= {name: found[name] for name in ("found", "problem", "callable", "shown")}
             if answer.get("callable") is True:
-                for _ in cases:
-                    answer["outcomes"].append(_outcome(runner.get()))
-        except (EOFError, TimeoutError, BadMessage, TypeError, KeyError, ValueError) as error:
+                for args in cases:
+                    answer["outcomes"].append(_outcome(runner.get(), len(args)))
+        except Exception as error:
             answer["failure"] = _failure(error, seconds)
             return
 
 
-def _outcome(message: dict[str, Any]) -> Outcome:
-    written = tuple(int(index) for index in message["written"])
+def _outcome(message: dict[str, Any], arguments: int) -> Outcome:
+    written = tuple(index for index in range(arguments) if index in message["written"])
     words = {name: str(message[name]) for name in ("clash", "raised", "printed")}
     return Outcome(message["output"], untouched=message["untouched"] is True, written=written,
                    **words)  # fmt: skip
@@ -270,6 +270,7 @@ def _verdict(exercise: Exercise, seeds: list[int], said: Outcomes) -> dict[str, 
     """The first result that is not right, over the seeds: exercise, status, text, hint."""
 
     def verdict(status: str, text: str, hint: str = "") -> dict[str, str]:
+        text = plain(text)[:MAX_TEXT]
         return {"exercise": exercise.name, "status": status, "text": text, "hint": hint}
 
     answer = said[exercise.name]
@@ -284,7 +285,10 @@ def _verdict(exercise: Exercise, seeds: list[int], said: Outcomes) -> dict[str, 
 
     for seed in seeds:
         function = exercise.solution if answer.get("callable", True) else answer.get("shown")
-        result = judge(exercise, function, seed, call=replay)
+        try:
+            result = judge(exercise, function, seed, call=replay)
+        except Exception as error:  # a value that no honest function returns
+            return verdict("wrong", f"What it returned cannot be compared: {error!r}.")
         if result.status != "correct":
             about = "" if seed == 0 else "(Right on the chapter's numbers, not on others.)\n"
             return verdict(result.status, about + result.text, result.hint)

@@ -69,16 +69,16 @@ def _solved(record: dict[str, Any]) -> int:
 
 def _cell(text: str) -> str:
     """A file name as a spreadsheet shows it: one that begins like a formula is not to be one."""
-    text = _plain(text)
+    text = plain(text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text without what moves a terminal's cursor; learners' own words are in it."""
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
 
 
 def _write(path: Path, lines: list[str]) -> None:
-    text = _plain("\n".join(lines)).rstrip() + "\n"
+    text = plain("\n".join(lines)).rstrip() + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

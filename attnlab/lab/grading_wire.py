@@ -5,6 +5,7 @@ and nothing else.
 """
 
 import json
+import re
 import socket
 import struct
 from typing import Any
@@ -101,6 +102,6 @@ def decode(coded: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {name: decode(part, tensors) for name, part in content.items()}
     if kind in ("list", "tuple"):
         return {"list": list, "tuple": tuple}[kind](decode(part, tensors) for part in content)
-    if kind == "other" and content:
-        return type(str(content)[:100].replace("\0", ""), (), {})()
+    if kind == "other" and (name := re.sub(r"[^\w ,.-]", "", str(content))[:100]):
+        return type(name, (), {})()
     raise ValueError(f"kind {kind!r}")
