@@ -6,6 +6,8 @@ stopped goes on where it was (`runs/NAME`).
 
 import argparse
 from collections.abc import Callable
+from functools import partial
+from time import perf_counter
 
 import torch
 from torch import nn
@@ -15,9 +17,11 @@ from attnlab.attention import vit_mini
 from attnlab.cbam import cbam_resnet_mini
 from attnlab.channel import se_resnet_mini
 from attnlab.dependencyvit import dependencyvit_mini
-from attnlab.lab import checkpoints, data, train
-from attnlab.lab.experiments import ch01, ch03, ch10
+from attnlab.lab import checkpoints, data, train, video_tasks
+from attnlab.lab.experiments import ch01, ch03, ch07, ch08, ch10
 from attnlab.lab.files import data_dir, repo_root
+from attnlab.lab.video_models import ClipSegmenter
+from attnlab.patchconvnet import PatchConvNet, patchconvnet_mini
 from attnlab.resnet import resnet_mini
 
 
@@ -130,6 +134,123 @@ def spformer_micro_masks(name: str, seed: int, device: torch.device) -> None:
     )
 
 
+def patchconvnet_recipe(
+    name: str, model: PatchConvNet, seed: int, device: torch.device, **options
+) -> None:
+    """Name all objects of scenes with one or two, small to large ones."""
+    samples = ch08.scenes("train", 8_192)
+    history = ch08.fit_sets(
+        model, samples, seed, device, augment=train.flip_and_shift,
+        run_dir=repo_root() / "runs" / name, **options,
+    )  # fmt: skip
+    checkpoints.save(
+        data_dir() / "checkpoints" / name,
+        model,
+        factory="attnlab.patchconvnet.patchconvnet_mini",
+        arguments={"num_classes": 8, "multiclass": model.multiclass},
+        command=f"python scripts/train_checkpoints.py {name} --seed {seed}",
+        seed=seed,
+        device=device,
+        seconds=history.seconds,
+        metrics={
+            "one object": train.accuracy(model, ch08.scenes("test_scenes", 1_000, 1)),
+            **ch08.set_scores(model, ch08.two_classes(), device),
+        },
+        data={"name": "scenes", "split": "train", "n": 8_192, "size": 64},
+        probe_image="chelsea",
+    )
+
+
+def patchconvnet_mini_scenes(name: str, seed: int, device: torch.device) -> None:
+    """Chapter 08: `patchconvnet_mini`, with one map."""
+    train.seed_everything(seed)
+    patchconvnet_recipe(name, patchconvnet_mini(), seed, device, steps=3_000, lr=3e-3)
+
+
+def patchconvnet_mini_classes_scenes(name: str, seed: int, device: torch.device) -> None:
+    """Chapter 08: a map for each class, fine-tuned from `patchconvnet_mini_scenes`."""
+    train.seed_everything(seed)
+    model = checkpoints.load("patchconvnet_mini_scenes", device=device).to_multiclass()
+    patchconvnet_recipe(name, model, seed, device, steps=1_000, lr=1e-3)
+
+
+def clip_flow(name: str, seed: int, device: torch.device) -> None:
+    """Chapter 07: a flow network, by the exact flow of clips."""
+    train.seed_everything(seed)
+    model = ch07.FlowBetween()
+    history = ch07.fit_flow(model.flow_net, seed, device, run_dir=repo_root() / "runs" / name)
+    test = ch07.clips("test", 128)
+    errors = {offset: video_tasks.flow_scores(model.flow_net, test, offset) for offset in (1, 4, 8)}
+    checkpoints.save(
+        data_dir() / "checkpoints" / name,
+        model,
+        factory="attnlab.lab.experiments.ch07.FlowBetween",
+        arguments={},
+        command=f"python scripts/train_checkpoints.py {name} --seed {seed}",
+        seed=seed,
+        device=device,
+        seconds=history.seconds,
+        metrics={
+            f"error on things, px, {offset} frames apart": error["objects"]
+            for offset, error in errors.items()
+        },
+        data={"name": "clips", "split": "train", "n": 1_024, "size": 64},
+        probe_image="chelsea",
+    )
+
+
+def clip_ways(name: str, seed: int, device: torch.device) -> None:
+    """Chapter 07: a segmenter of clips, and six ways to carry its features to other frames."""
+    started = perf_counter()
+    model = ch07.all_ways(seed, device)
+    test = ch07.clips("test", 128).to(device)
+    answers = ch07.carried_by(model)
+    checkpoints.save(
+        data_dir() / "checkpoints" / name,
+        model,
+        factory="attnlab.lab.experiments.ch07.ClipModel",
+        arguments={},
+        command=f"python scripts/train_checkpoints.py {name} --seed {seed}",
+        seed=seed,
+        device=device,
+        seconds=perf_counter() - started,
+        metrics={f"mIoU, {way}, 8 frames on": ch07.miou(answers[way](test, 8)) for way in answers},
+        data={"name": "clips", "split": "train", "n": 512, "size": 64},
+        probe_image="chelsea",
+    )
+
+
+def clip_segmenter(name: str, seed: int, device: torch.device) -> None:
+    """`attnlab video`: classes of pixels, carried between key frames by local attention."""
+    train.seed_everything(seed)
+    model = ClipSegmenter()
+    options = {"objects": (1, 2)}
+    history = train.fit(
+        model, video_tasks.load_clips("train", 1_024, **options),
+        loss=partial(video_tasks.pair_loss, reach=5), steps=1_500, batch_size=16, lr=2e-3,
+        seed=seed, device=device, run_dir=repo_root() / "runs" / name,
+    )  # fmt: skip
+    metrics = {}
+    for split in ("val", "test"):  # cut-outs of their own, all three of the splits
+        clips = video_tasks.load_clips(split, 128, **options)
+        for offset in (0, 4):
+            scores = video_tasks.segmentation_scores(video_tasks.answers_at(model, clips, offset))
+            metrics[f"{split} mIoU, {offset} frames from the key frame"] = scores["all"]
+    checkpoints.save(
+        data_dir() / "checkpoints" / name,
+        model,
+        factory="attnlab.lab.video_models.ClipSegmenter",
+        arguments={},
+        command=f"python scripts/train_checkpoints.py {name} --seed {seed}",
+        seed=seed,
+        device=device,
+        seconds=history.seconds,
+        metrics=metrics,
+        data={"name": "clips", "split": "train", "n": 1_024, "size": 64, **options},
+        probe_image="chelsea",
+    )
+
+
 CHECKPOINTS = {
     "vit_mini_parts": vit_mini_parts,
     "dependencyvit_mini_parts": dependencyvit_mini_parts,
@@ -137,6 +258,11 @@ CHECKPOINTS = {
     "resnet_mini_scenes": resnet_mini_scenes,
     "resnet_mini_cbam_scenes": resnet_mini_cbam_scenes,
     "spformer_micro_masks": spformer_micro_masks,
+    "clip_segmenter": clip_segmenter,
+    "clip_flow": clip_flow,
+    "clip_ways": clip_ways,
+    "patchconvnet_mini_scenes": patchconvnet_mini_scenes,
+    "patchconvnet_mini_classes_scenes": patchconvnet_mini_classes_scenes,
 }
 
 
