@@ -26,8 +26,8 @@ from static_notebook import ROOT, chapters, read
 DOCS = ROOT / "docs" / "site"
 WORK = ROOT / "build" / "site-work"
 OUT = ROOT / "build" / "site"
-CELL = r" *([^|]*?) *\|"  # of the table: number, title and notebook, needs, reading, exercises
-ROW = re.compile(r"\| \[?(\d\d) ([^\]|]+?)\]?(?:\((\w+)\.ipynb\))? \|" + 3 * CELL)
+CELL = r" *([^|]*?) *\|"  # of the table: number and title, needs, reading, exercises
+ROW = re.compile(r"\| \[?(\d\d) ([^\]|]+?)\]?(?:\([^)]*\))? \|" + 3 * CELL)
 AUTOMODULE = "# {title}\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n"
 MACHINE_KEYS = ("command", "machine")
 
@@ -37,14 +37,15 @@ MACHINE_KEYS = ("command", "machine")
 
 def course() -> dict[str, dict]:
     """What chapters/README.md says of each chapter, by its number."""
+    stems = {path.stem[:2]: path.stem for path in chapters()}
     found = {}
     for row in (ROOT / "chapters" / "README.md").read_text("utf-8").splitlines():
         if not (match := ROW.match(row)):
             continue
-        number, title, stem, needs, reading, exercises = match.groups()
+        number, title, needs, reading, exercises = match.groups()
         known = [*found] if needs == "all" else re.findall(r"\d\d", needs)
         times = {"reading": reading, "exercises": exercises}
-        found[number] = {"title": title, "stem": stem, "needs": known, **times}
+        found[number] = {"title": title, "stem": stems.get(number), "needs": known, **times}
     return found
 
 
@@ -105,13 +106,13 @@ def course_list(known: dict) -> str:
         path = ROOT / "chapters" / f"{chapter['stem']}.ipynb"
         first = nbformat.read(path, as_version=4).cells[0].source
         promise = re.search(r"\*\*At the end you can\*\*.*?(?=\n\n)", first, re.DOTALL)
-        needs = f"needs {', '.join(chapter['needs'])}" if chapter["needs"] else "needs nothing"
-        entries.append(
-            f"### [{number} · {chapter['title']}](chapters/{path.name})\n\n"
-            f"{promise[0] if promise else ''}\n\n"
-            f"{needs} · {chapter['reading']} to read · exercises: {chapter['exercises']} · "
-            f'<a href="slides/{path.stem}.html">lecture {number}</a>'
-        )
+        facts = [f"needs {', '.join(chapter['needs']) or 'nothing'}"]
+        if chapter["reading"]:
+            facts += [f"{chapter['reading']} to read", f"exercises: {chapter['exercises']}"]
+        facts.append(f'<a href="slides/{path.stem}.html">lecture {number}</a>')
+        title = f"[{number} · {chapter['title']}](chapters/{path.name})"
+        text = promise[0] if promise else ""
+        entries.append(f"### {title}\n\n{text}\n\n{' · '.join(facts)}")
     return "\n\n".join(entries)
 
 

@@ -25,6 +25,7 @@ STYLE = "a11y-high-contrast-light"  # of code
 INDEX = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>attnlab: lectures</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
 <style>body {{ max-width: 40em; margin: 3em auto; padding: 0 1em;
 font: 18px/1.6 system-ui, sans-serif }} a {{ color: #0b5cad }}</style></head>
 <body><main><h1>Lectures</h1><ul>{lectures}</ul>

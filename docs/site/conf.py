@@ -18,6 +18,7 @@ myst_heading_anchors = 4
 
 html_theme = "furo"
 html_title = "attnlab"
+html_favicon = "_static/icon.svg"
 html_static_path = ["_static", str(vendored("sphinx-mathjax-offline", "static/mathjax/tex-svg.js"))]
 html_css_files = ["site.css"]
 html_js_files = ["site.js"]
