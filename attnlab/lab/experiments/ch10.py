@@ -131,6 +131,86 @@ def segmentation(seed: int, device) -> dict:
     return results
 
 
+def longer(seed: int, device) -> dict:
+    """As `segmentation`, 500 steps; then each network is read through each upsampling, too.
+
+    Read through another way than it was trained in, a network shows what the way alone does.
+    """
+    test, results = scenes("test_scenes", 512), {}
+    for trained in ("Eq. 1", "bilinear"):
+        train.seed_everything(seed)
+        model = segmenter(UPSAMPLING[trained]).to(device)
+        fit_masks(model, seed, device, steps=500, progress=False)
+        found = oracle(associated(model), test, device)
+        for row, model.upsample in UPSAMPLING.items():
+            found[f"mIoU, read by {row}"] = mean_iou(model, test, device)
+        results[f"trained by {trained}"] = found
+    return results
+
+
+def transfer(seed: int, device) -> dict:
+    """Masks after class labels, and superpixels on data that they were never trained on.
+
+    250 steps of 16 with masks, after as many with class labels (of one thing), after as many more
+    with masks, or after nothing; then oracles at home and abroad.
+    """
+    tests = {"scenes": scenes("test_scenes", 512), "parts": large_parts("test", 512)}
+    results = {"8×8 patches": everywhere(patches, tests, device)}
+    for row, start in STARTS.items():
+        train.seed_everything(seed)
+        model = segmenter().to(device)
+        start(model, seed, device)
+        fit_masks(model, seed, device, progress=False)
+        home = {"mIoU": mean_iou(model, tests["scenes"], device)}
+        results[row] = home | everywhere(associated(model), tests, device)
+    train.seed_everything(seed)
+    model = segmenter().to(device)
+    train.fit(
+        model, large_parts("train", 4_096), loss=mask_loss, steps=250, batch_size=16, lr=3e-3,
+        seed=seed, device=device, progress=False,
+    )  # fmt: skip
+    results["masks of parts only"] = everywhere(associated(model), tests, device)
+    return results
+
+
+def large_parts(split: str, n: int) -> Samples:
+    """64-pixel parts: one large object before any background, nothing else."""
+    return data.load("parts", split, n=n, distractors=0, occlusion=0.0, scale=(0.6, 0.9))
+
+
+def associated(model: SuperpixelSegmenter) -> Callable[[Tensor], Tensor]:
+    """What the trained superpixels say of images."""
+    return lambda images: association(model.backbone, images)
+
+
+def everywhere(associate: Callable[[Tensor], Tensor], tests: dict[str, Samples], device) -> dict:
+    """The hard oracle on each set."""
+    return {
+        f"oracle, {name}": oracle(associate, test, device)["oracle, hard"]
+        for name, test in tests.items()
+    }
+
+
+def label_start(model: SuperpixelSegmenter, seed: int, device) -> None:
+    """Take the weights of a classifier of scenes with one thing; only the head is new."""
+    classifier = micro(num_classes=8).to(device)
+    train.fit(
+        classifier, data.load("scenes", "train", n=4_096, scale=(0.4, 0.7)), steps=250,
+        batch_size=16, lr=2e-3, seed=seed, device=device, progress=False,
+    )  # fmt: skip
+    classifier.reset_classifier(0)
+    model.backbone.load_state_dict(classifier.state_dict())
+
+
+STARTS: dict[str, Callable[[SuperpixelSegmenter, int, torch.device], None]] = {
+    "from scratch": lambda model, seed, device: None,
+    "after class labels": label_start,
+    "after more masks": lambda model, seed, device: fit_masks(
+        model, seed + 100, device, progress=False
+    ),
+}
+
+
 def parts(split: str, n: int) -> Samples:
     """32-pixel parts: one large object of eight kinds on a flat background, nothing else."""
     return data.load(
