@@ -1,7 +1,8 @@
 """Tables of several seeds, kept in `results/` with the command, code and machine that made them.
 
 An experiment is a plain function in `attnlab/lab/experiments/chNN.py`, whose parameters are
-`(seed, device)` or `(seed, device, rows=None)` and which returns `{row: {metric: number}}`. With
+`(seed, device)` or `(seed, device, rows=None)` and which returns `{row: {metric: number}}`, a
+`dict` where that is annotated. With
 `CHAPTER = "01_attention"` in that module, its function `positions` is called
 "01_attention.positions", and its table lies in `results/01_attention.positions.json`; a second
 module of the chapter is `chNN_topic.py`, with the same CHAPTER. `rows`, where
@@ -75,6 +76,7 @@ def names() -> list[str]:
         if not name.startswith("_")
         if tuple(inspect.signature(member).parameters)[:2] == ("seed", "device")
         if set(inspect.signature(member).parameters) <= {"seed", "device", "rows"}
+        if inspect.signature(member).return_annotation in (dict, inspect.Signature.empty)
     ]
 
 
