@@ -46,13 +46,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "handout", metavar="FOLDER")
     parser.add_argument("--execute", action="store_true", help="run the teacher's chapters")
     options = parser.parse_args(arguments)
+    try:
+        make(options.out, options.execute)
+    except builder.BuildError as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    return 0
+
+
+def make(folder: Path, execute: bool) -> None:
+    """Write both editions into a folder."""
     for name, edition in (("student", student), ("teacher", teacher)):
-        path = options.out / f"attnlab-{name}.zip"
+        path = folder / f"attnlab-{name}.zip"
         pack(path, dict(edition()))
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MB")
-    for path in chapters() if options.execute else []:
+    for path in chapters() if execute else []:
         print(f"{path.stem}, solved: {run(solved(builder.read_notebook(path))):.0f} s", flush=True)
-    return 0
 
 
 def chapters() -> list[Path]:
@@ -60,10 +69,18 @@ def chapters() -> list[Path]:
 
 
 def files() -> list[str]:
-    """What belongs to the repository, by its path."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
-    return sorted({name for name in listed.decode().split("\0") if (ROOT / name).is_file()})
+    """What git tracks: not the submissions and grades that may lie about in a checkout.
+
+    Raises BuildError where there is no git, or no checkout.
+    """
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise builder.BuildError("make handout needs git, and the repository cloned.") from error
+    names = listed.stdout.decode().split("\0")
+    return sorted({name for name in names if (ROOT / name).is_file()})
 
 
 def student() -> Iterator[tuple[str, bytes]]:

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("jupytext")
 pytest.importorskip("nbval")
 
-from attnlab.lab import exercises
+from attnlab.lab import exercises, grading
 from attnlab.lab.exercises import catalogue, judge, recorded
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,6 +188,20 @@ def test_the_command_writes_both_the_same_every_time(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.glob("*.zip")} == {
         "attnlab-student.zip", "attnlab-teacher.zip",
     }  # fmt: skip
+
+
+def test_without_a_checkout_it_says_what_it_needs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(editions, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert editions.main(["--out", str(tmp_path)]) == 1
+    assert "needs git" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_class_edition_does_not_grade(monkeypatch, tmp_path):
+    monkeypatch.setattr(grading, "RECORDED", Path(__file__))
+    with pytest.raises(ValueError, match="this edition has no solutions"):
+        grading.grade(tmp_path, tmp_path / "grades.csv")
 
 
 def test_make_handout_is_this_script():
