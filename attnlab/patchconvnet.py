@@ -259,10 +259,12 @@ class PatchConvNet(nn.Module):
         """Images → where the pooling looked: `(B, 1, h, w)`; `(B, num_classes, h, w)` multiclass.
 
         See `AttentionPool.maps`. Every map has its own softmax over the places, also the map of a
-        class that is not there: show it with the class's score. (Another pool comes after `norm`:
-        `model.pool.maps(model.norm(model.forward_features(x)))`.)
+        class that is not there: show it with the class's score. Other pools have one map a head.
         """
-        return self.pool.maps(self.forward_features(x), normalize)
+        x = self.forward_features(x)
+        if isinstance(self.pool, AttentionPool):
+            return self.pool.maps(x, normalize)
+        return self.pool.maps(self.norm(x))
 
     def class_activation_maps(self, x: Tensor) -> Tensor:
         """Images → the classifier at every place, `(B, num_classes, h, w)` (Zhou et al. 2016).
@@ -336,7 +338,7 @@ class PatchConvNet(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict:
         """timm's grouping of parameters by depth, for learning rates that decay with it."""
         blocks = r"^blocks\.(\d+)" if not coarse else r"^blocks"
-        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^(pool|norm)\.", (99999,))]}
+        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^(?:pool|norm)\.", (99999,))]}
 
 
 def patchconvnet_s60(**kwargs) -> PatchConvNet:

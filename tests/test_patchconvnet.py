@@ -404,6 +404,7 @@ def test_class_activation_maps_have_the_logits_as_their_mean(device):
     torch.testing.assert_close(maps.mean((2, 3)), model(x))
     context = battery.randomize(small(pool=ContextPool(16))).eval().to(device)
     weights = context.pool.maps(context.norm(context.forward_features(x)))
+    torch.testing.assert_close(context.maps(x), weights)
     weighted = (weights * context.class_activation_maps(x)).sum((2, 3))
     torch.testing.assert_close(weighted, context(x), atol=1e-4, rtol=1e-4)
 
@@ -500,13 +501,16 @@ def test_higher_resolution_needs_no_new_parameter():
 def test_optimiser_groups():
     model = small()
     assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.1)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = {names[id(p)]: g for g in optimizer.param_groups for p in g["params"]}
     assert groups.keys() == set(names.values())
     assert groups["pool.cls_token"]["weight_decay"] == 0
     assert groups["blocks.0.gamma"]["weight_decay"] == 0
     assert groups["blocks.0.conv1.weight"]["weight_decay"] == 0.1
+    deeper = ("stem.convs.0.", "blocks.0.conv1.", "blocks.1.conv1.", "head.")
+    scales = [groups[f"{name}weight"]["lr_scale"] for name in deeper]
+    assert scales == sorted(set(scales))
 
 
 def test_dense_heads_get_the_columns_map(device):
