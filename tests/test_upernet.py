@@ -20,6 +20,15 @@ from attnlab.lab.metrics import confusion_matrix, mean_iou
 from attnlab.resnet import resnet_mini
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More gain nothing on small images, and fight where cores are few."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def resized(x, scale):
     """The map at another scale, bilinearly, with half-pixel centers, one axis after the other."""
     for axis in (2, 3):
