@@ -335,3 +335,37 @@ def test_specifiers_are_lower_bounds():
     """An upper bound would shut out the next PyTorch; the lock is what pins."""
     for requirement in requirements_of("lab", "dev"):
         assert {bound.operator for bound in SpecifierSet(str(requirement.specifier))} == {">="}
+
+
+# Contributing
+
+
+CHECK_LIST = re.findall(r"^- \[ \] `(\S+)`", text("CONTRIBUTING.md"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "chapter",
+    sorted(
+        path.stem
+        for path in (ROOT / "chapters/source").glob("[0-9][0-9]_*.py")
+        if path.stem[:2] > "00"
+    ),
+)
+def test_each_chapter_has_what_the_check_list_asks(chapter):
+    number, _ = chapter.split("_", 1)
+    assert len(CHECK_LIST) == 8
+    for pattern in CHECK_LIST:
+        found = list(ROOT.glob(pattern.replace("NN_name", chapter).replace("NN", number)))
+        assert found, f"{chapter} lacks {pattern}"
+    for readme, folder in (("README.md", "chapters/"), ("chapters/README.md", "")):
+        row = rf"^\| .*\({folder}{chapter}\.ipynb\).* \| ready \|$"
+        assert re.search(row, text(readme), re.MULTILINE), f"{readme}: no row of {chapter}"
+    assert f"\n### {number} " in text("chapters/README.md"), f"no notes for teachers of {chapter}"
+
+
+def test_the_citation_is_of_this_version():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load(text("CITATION.cff"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == PROJECT["project"]["version"]
+    assert citation["license"] == "MIT"

@@ -214,7 +214,7 @@ def _squeeze_gap(dim: int) -> int:
 
 
 def buggy_maps(z: torch.Tensor, queries: torch.Tensor, w_k: torch.Tensor) -> torch.Tensor:
-    """A map for every class, without keys. One line of the given code is wrong: mend it.
+    """A map for every class, the patches not projected to keys. One line is wrong: mend it.
 
     z: (B, N, d), the patches after LayerNorm; only they are keys. queries: (classes, d).
     w_k: (d, d), the keys' matrix: a patch z has the key w_k z.
