@@ -120,8 +120,8 @@ row, column = (thing // 4).long().tolist()
 dx, dy = flow_px[one, :, 4 * row + 2, 4 * column + 2].tolist()
 with plots.style():
     figure, axes = plt.subplots(1, 3, figsize=(8.4, 3))
-titles = (f"frame i = {now}: where was this?", f"frame k = {key}: flow, {dx:+.0f} and {dy:+.0f} px",
-          f"frame k = {key}: attention, R = 4 cells")  # fmt: skip
+titles = (f"frame i = {now}: where was this?", f"k = {key}: flow {dx:+.0f}, {dy:+.0f} px",
+          f"k = {key}: attention, R = 4 cells")  # fmt: skip
 for ax, image, title in zip(axes, (picture, source, source), titles, strict=True):
     ax.imshow(rearrange(image, "c h w -> h w c"), extent=(0, 64, 64, 0))
     ax.set(title=title, xticks=[], yticks=[], xlim=(0, 64), ylim=(64, 0))
