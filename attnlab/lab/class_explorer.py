@@ -1,8 +1,6 @@
 """The class explorer: choose a class and see where its query looks; or all classes in colors."""
 
 from collections.abc import Sequence
-from functools import cached_property
-from pathlib import Path
 
 import torch
 from einops import rearrange, repeat
@@ -10,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnlab.lab.arguments import inside, require
-from attnlab.lab.files import atomic_write
-from attnlab.lab.pages import data_uri, iframe, pack, page
+from attnlab.lab.pages import PageFigure, pack, picture
 
 # Okabe and Ito's palette without black, and white: eight classes that differ on a photograph.
 CLASS_COLORS = (
@@ -19,7 +16,7 @@ CLASS_COLORS = (
 )  # fmt: skip
 
 
-class ClassExplorer:
+class ClassExplorer(PageFigure):
     """Choose a class and see its map over an image, with its score and the weight of each place.
 
     The last line of a notebook cell shows it. All data are in the page.
@@ -42,6 +39,8 @@ class ClassExplorer:
             larger than `max_bytes`.
     """
 
+    script, around = "class_explorer", 190
+
     def __init__(
         self,
         image: Tensor,
@@ -61,30 +60,13 @@ class ClassExplorer:
         require(len(self.names) == classes, "names", self.names, f"{classes} names, one a map")
         self.shares = None if masks is None else map_shares(self.maps, masks)
         self.image_size, self.title = image_size, title
+        self.aspect = self.image.shape[1] / self.image.shape[2]
         self.alt = alt or f"An image of {rows}×{cols} places with a map for each class"
-        if (size := len(self._repr_html_().encode())) > max_bytes:
-            raise ValueError(
-                f"the explorer of {classes} classes would take {size:,} bytes, more than "
-                f"max_bytes={max_bytes:,}: show fewer classes, or raise max_bytes"
-            )
+        self._check_size(max_bytes, f"the explorer of {classes} classes", "show fewer classes")
 
     def __repr__(self) -> str:
         classes, rows, cols = self.maps.shape
         return f"ClassExplorer({classes} class{'es' * (classes != 1)}, {rows}×{cols} places)"
-
-    def _repr_html_(self) -> str:
-        picture = self.image_size * self.image.shape[1] / self.image.shape[2]
-        return iframe(self.html, round(picture) + 190, self.title)
-
-    def save(self, path: str | Path) -> None:
-        """Write the page as an HTML file of its own."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(self.html, encoding="utf-8")
-
-    @cached_property
-    def html(self) -> str:
-        """The page: standalone HTML."""
-        return page("class_explorer", self._data(), self.title)
 
     def figure(self, name: str | None = None):
         """One view of the page as a matplotlib picture, for paper; returns the axes.
@@ -104,7 +86,6 @@ class ClassExplorer:
         return plots.overlay(self.image, self.maps[index], title)[0]
 
     def _data(self) -> dict:
-        _, height, width = self.image.shape
         shares = [None] * len(self.names) if self.shares is None else self.shares.tolist()
         return {
             "title": self.title,
@@ -122,10 +103,7 @@ class ClassExplorer:
                     zip(self.names, self.scores.tolist(), shares, strict=True)
                 )
             ],
-            "image": data_uri(self.image, self.image_size),
-            "width": self.image_size,
-            "aspect": height / width,
-            "pixelated": width < self.image_size / 2,
+            **picture(self.image, self.image_size),
         }
 
 

@@ -10,10 +10,13 @@ import base64
 import html
 import io
 import json
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from attnlab.lab.files import atomic_write
 
 HERE = Path(__file__).parent
 WIDTH = 780  # of a figure in a notebook, in pixels; narrower where there is less room
@@ -53,6 +56,49 @@ def iframe(page: str, height: int, title: str) -> str:
         f'style="display:block;width:100%;height:{height}px;max-width:{WIDTH}px;'
         f'border:0;border-radius:8px">{FALLBACK}</iframe>'
     )
+
+
+class PageFigure:
+    """A page that the last line of a notebook cell shows, and that `save` writes to a file.
+
+    A figure sets `image_size`, the width of its picture, `aspect`, the picture's height over its
+    width, and `title`, and gives the page's data by `_data()`.
+    """
+
+    script: str  # see `page`
+    around: int  # height of what stands above and below the picture, in pixels
+
+    @cached_property
+    def html(self) -> str:
+        """The page: standalone HTML."""
+        return page(self.script, self._data(), self.title)
+
+    def _repr_html_(self) -> str:
+        return iframe(self.html, round(self.image_size * self.aspect) + self.around, self.title)
+
+    def save(self, path: str | Path) -> None:
+        """Write the page as an HTML file of its own."""
+        with atomic_write(path) as temporary:
+            temporary.write_text(self.html, encoding="utf-8")
+
+    def _check_size(self, max_bytes: int, what: str, remedy: str) -> None:
+        """`ValueError` if the notebook's output would be larger than `max_bytes`."""
+        if (size := len(self._repr_html_().encode())) > max_bytes:
+            raise ValueError(
+                f"{what} would take {size:,} bytes, more than max_bytes={max_bytes:,}: {remedy}, "
+                "or raise max_bytes"
+            )
+
+
+def picture(image: Tensor, width: int) -> dict:
+    """What a page needs to draw `image`, `(3, H, W)` in [0, 1], `width` pixels wide."""
+    _, rows, columns = image.shape
+    return {
+        "image": data_uri(image, width),
+        "width": width,
+        "aspect": rows / columns,
+        "pixelated": columns < width / 2,
+    }
 
 
 def pack(matrix: Tensor, signed: bool = False) -> dict:

@@ -1,19 +1,16 @@
 """The player: step through a clip and see where flow and attention fetch its features from."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from attnlab.lab import metrics
-from attnlab.lab.files import atomic_write
-from attnlab.lab.pages import data_uri, iframe, pack, page
+from attnlab.lab.pages import PageFigure, data_uri, pack
 
 
-class Player:
+class Player(PageFigure):
     """Step through the frames of a clip: this frame, the one it is fed from, and what comes out.
 
     The last line of a notebook cell shows it. All data are in the page.
@@ -37,6 +34,8 @@ class Player:
     Raises:
         ValueError: an argument is not as said, or the output would be larger than `max_bytes`.
     """
+
+    script, around = "player", 330
 
     def __init__(
         self,
@@ -76,31 +75,13 @@ class Player:
         )
         self.results = {name: mask.cpu() for name, mask in results.items()}
         self.scores = {name: _scores(mask, self.truth) for name, mask in self.results.items()}
-        self.image_size, self.title = image_size, title
+        self.image_size, self.title, self.aspect = image_size, title, height / width
         self.alt = alt or f"A clip of {T} frames, each fed from a key frame"
-        if (size := len(self._repr_html_().encode())) > max_bytes:
-            raise ValueError(
-                f"the player of {T} frames would take {size:,} bytes, more than "
-                f"max_bytes={max_bytes:,}: show fewer frames or results, or raise max_bytes"
-            )
+        self._check_size(max_bytes, f"the player of {T} frames", "show fewer frames or results")
 
     def __repr__(self) -> str:
         names = ", ".join(self.results)
         return f"Player({len(self.keys)} frames, radius {self.radius}, {names})"
-
-    def _repr_html_(self) -> str:
-        picture = self.image_size * self.frames.shape[2] / self.frames.shape[3]
-        return iframe(self.html, round(picture) + 330, self.title)
-
-    def save(self, path: str | Path) -> None:
-        """Write the page as an HTML file of its own."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(self.html, encoding="utf-8")
-
-    @cached_property
-    def html(self) -> str:
-        """The page: standalone HTML."""
-        return page("player", self._data(), self.title)
 
     def figure(self, frame: int, cell: tuple[int, int], result: str | None = None):
         """One view of the page as a matplotlib picture, for paper; returns its three axes.

@@ -1,19 +1,16 @@
 """The tree explorer: click a patch and see its way to the root, its subtree and its messages."""
 
 from collections.abc import Mapping
-from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from attnlab.dependency_trace import DependencyTrace, dependency_scores
 from attnlab.dependency_trees import DependencyTree, dependency_tree
-from attnlab.lab.files import atomic_write
-from attnlab.lab.pages import data_uri, iframe, page
+from attnlab.lab.pages import PageFigure, picture
 
 
-class TreeExplorer:
+class TreeExplorer(PageFigure):
     """Point at a patch of an image and see where it stands in the tree.
 
     The last line of a notebook cell shows it. All data are in the page.
@@ -32,6 +29,8 @@ class TreeExplorer:
         ValueError: `image`, `trace` or `trees` are not as said, or the output would be larger than
             `max_bytes`.
     """
+
+    script, around = "tree_explorer", 190
 
     def __init__(
         self,
@@ -66,31 +65,14 @@ class TreeExplorer:
             raise ValueError("trees is empty: expected at least one")
         rows, cols = self.grid
         self.image_size, self.title = image_size, title
+        self.aspect = self.image.shape[1] / self.image.shape[2]
         self.alt = alt or f"An image of {rows}×{cols} patches with its tree"
-        if (size := len(self._repr_html_().encode())) > max_bytes:
-            raise ValueError(
-                f"the explorer of {len(self.trees)} trees would take {size:,} bytes, more than "
-                f"max_bytes={max_bytes:,}: show fewer trees, or raise max_bytes"
-            )
+        self._check_size(max_bytes, f"the explorer of {len(self.trees)} trees", "show fewer trees")
 
     def __repr__(self) -> str:
         rows, cols = self.grid
         trees = f"{len(self.trees)} tree{'s' * (len(self.trees) != 1)}"
         return f"TreeExplorer({trees}, {len(self.messages)} layers, {rows}×{cols} patches)"
-
-    def _repr_html_(self) -> str:
-        picture = self.image_size * self.image.shape[1] / self.image.shape[2]
-        return iframe(self.html, round(picture) + 190, self.title)
-
-    def save(self, path: str | Path) -> None:
-        """Write the page as an HTML file of its own."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(self.html, encoding="utf-8")
-
-    @cached_property
-    def html(self) -> str:
-        """The page: standalone HTML."""
-        return page("tree_explorer", self._data(), self.title)
 
     def figure(self, patch: tuple[int, int] | None = None, tree: str | None = None, ax=None):
         """One view of the page as a matplotlib picture, for paper; returns the axes.
@@ -112,7 +94,6 @@ class TreeExplorer:
         return draw_tree(self.image, self.trees[name], self.grid, token, title=name, ax=ax)
 
     def _data(self) -> dict:
-        _, height, width = self.image.shape
         return {
             "title": self.title,
             "alt": self.alt,
@@ -126,10 +107,7 @@ class TreeExplorer:
                 }
                 for name, tree in self.trees.items()
             ],
-            "image": data_uri(self.image, self.image_size),
-            "width": self.image_size,
-            "aspect": height / width,
-            "pixelated": width < self.image_size / 2,
+            **picture(self.image, self.image_size),
         }
 
 

@@ -5,18 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from attnlab.probe import attention_rollout, record
 
-from .files import atomic_write
-from .pages import data_uri, iframe, pack, page
+from .pages import PageFigure, pack, picture
 
 
-class AttentionExplorer:
+class AttentionExplorer(PageFigure):
     """Point at a patch of a photograph and see where it looks, in every layer and head.
 
     The last line of a notebook cell shows it. All data are in the page.
@@ -42,6 +40,8 @@ class AttentionExplorer:
             be larger than `max_bytes`.
     """
 
+    script, around = "explorer", 150
+
     def __init__(
         self,
         image: Tensor,
@@ -65,36 +65,19 @@ class AttentionExplorer:
             heads if heads == "mean" else _checked_choice("heads", heads, self.maps.shape[1])
         )
         self.image_size, self.title = image_size, title
+        self.aspect = self.image.shape[1] / self.image.shape[2]
         self.alt = alt or f"A photograph, divided into {_times(self.grid)} patches"
         self.signed = bool((self.maps < 0).any())
         sums = self.maps.sum(-1)
         self.stochastic = not self.signed and torch.allclose(sums, torch.ones_like(sums), atol=0.02)
-        if (size := len(self._repr_html_().encode())) > max_bytes:
-            raise ValueError(
-                f"the explorer of {len(self.layers)} layers would take {size:,} bytes, more than "
-                f"max_bytes={max_bytes:,}: show fewer layers (layers=[...]) or heads (heads=[...] "
-                'or heads="mean"), or raise max_bytes'
-            )
+        fewer = 'show fewer layers (layers=[...]) or heads (heads=[...] or heads="mean")'
+        self._check_size(max_bytes, f"the explorer of {len(self.layers)} layers", fewer)
 
     def __repr__(self) -> str:
         heads = 1 if self.heads == "mean" else len(self.heads)
         counts = [f"{n} {word}{'s' * (n != 1)}" for n, word in
                   [(len(self.layers), "layer"), (heads, "head")]]  # fmt: skip
         return f"AttentionExplorer({', '.join(counts)}, {_times(self.grid)} patches)"
-
-    def _repr_html_(self) -> str:
-        picture = self.image_size * self.image.shape[1] / self.image.shape[2]
-        return iframe(self.html, round(picture) + 150, self.title)
-
-    def save(self, path: str | Path) -> None:
-        """Write the page as an HTML file of its own."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(self.html, encoding="utf-8")
-
-    @cached_property
-    def html(self) -> str:
-        """The page: standalone HTML."""
-        return page("explorer", self._data(), self.title)
 
     @cached_property
     def rollout(self) -> Tensor:
@@ -163,7 +146,6 @@ class AttentionExplorer:
         columns = _columns(self.heads, self.maps.shape[1], self.stochastic)
         if self.stochastic:
             shown = torch.cat([shown, self.rollout[:, None]], 1)
-        _, height, width = self.image.shape
         return {
             "title": self.title,
             "alt": self.alt,
@@ -175,10 +157,7 @@ class AttentionExplorer:
             "signed": self.signed,
             "stochastic": self.stochastic,
             "maps": [[pack(m, self.signed) for m in shown[layer]] for layer in self.layers],
-            "image": data_uri(self.image, self.image_size),
-            "width": self.image_size,
-            "aspect": height / width,
-            "pixelated": width < self.image_size / 2,
+            **picture(self.image, self.image_size),
         }
 
 
