@@ -40,3 +40,12 @@ def pytest_runtest_setup(item):
 def device(request) -> torch.device:
     """Each test that takes it runs on the CPU, and on CUDA where there is one."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For modules of small tensors: two threads gain nothing, and fight where cores are few."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -45,13 +45,7 @@ N = 256
 TINY = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two gain nothing for tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -30,13 +30,7 @@ SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_head
 LITE = {"prune_layers": (2, 3), "keep_rates": (0.75, 0.5)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two gain nothing for tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

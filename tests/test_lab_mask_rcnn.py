@@ -35,13 +35,7 @@ TRUNKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More gain nothing on small images, and fight where cores are few."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def scenes(split="train", n=16):

@@ -17,13 +17,7 @@ HEAD = {"prototypes": 16, "hidden": 12, "bottleneck": 8}
 LITE = {"prune_layers": (2,), "keep_rates": (0.5,)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two gain nothing for tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def vit():

@@ -25,13 +25,7 @@ ROOT = Path(__file__).parents[1]
 PATIENCE = 300  # seconds for a child process on a busy machine
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the child processes: more threads gain nothing here, and fight where cores are few."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def images(count: int = 100) -> dict[str, torch.Tensor]:

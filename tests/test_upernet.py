@@ -19,14 +19,7 @@ from attnlab.lab.experiments.ch05 import class_map
 from attnlab.lab.metrics import confusion_matrix, mean_iou
 from attnlab.resnet import resnet_mini
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More gain nothing on small images, and fight where cores are few."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def resized(x, scale):
