@@ -1,7 +1,7 @@
 """Train the checkpoints that are shipped in data/checkpoints: `train_checkpoints.py NAME …`.
 
 Each function below is one checkpoint, with the recipe of the chapter that uses it. A run that was
-stopped goes on where it was (`runs/NAME`).
+stopped goes on where it was (`runs/NAME`); only `clip_ways`, several short ones, begins again.
 """
 
 import argparse
@@ -25,26 +25,46 @@ from attnlab.patchconvnet import PatchConvNet, patchconvnet_mini
 from attnlab.resnet import resnet_mini
 
 
-def vit_mini_parts(name: str, seed: int, device: torch.device) -> None:
-    """Chapters 00 and 01: `vit_mini` on the default parts task."""
-    train.seed_everything(seed)
-    model = vit_mini(num_classes=8)
-    run_dir = repo_root() / "runs" / name
-    history = ch01.fit_vit_mini(model, seed, device, steps=2_500, run_dir=run_dir)
-    test = data.load("parts", "test", n=2_000)
+def ship(name: str, model: nn.Module, seed: int, device: torch.device, **provenance) -> None:
+    """Save a trained model with the command that made it; `provenance` as in `checkpoints.save`."""
     checkpoints.save(
         data_dir() / "checkpoints" / name,
         model,
-        factory="attnlab.attention.vit_mini",
-        arguments={"num_classes": 8},
         command=f"python scripts/train_checkpoints.py {name} --seed {seed}",
         seed=seed,
         device=device,
+        probe_image="chelsea",
+        **provenance,
+    )
+
+
+def parts_recipe(
+    name: str, model: nn.Module, steps: int, factory: str, arguments: dict, seed: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Train a network on the default parts task."""
+    run_dir = repo_root() / "runs" / name
+    history = ch01.fit_vit_mini(model, seed, device, steps=steps, run_dir=run_dir)
+    test = data.load("parts", "test", n=2_000)
+    ship(
+        name,
+        model,
+        seed,
+        device,
+        factory=factory,
+        arguments=arguments,
         seconds=history.seconds,
         metrics={"test accuracy": train.accuracy(model, test, device=device)},
         data={"name": "parts", "split": "train", "n": 20_000, "size": 64},
-        probe_image="chelsea",
     )
+
+
+def vit_mini_parts(name: str, seed: int, device: torch.device) -> None:
+    """Chapters 00 and 01: `vit_mini` on the default parts task."""
+    train.seed_everything(seed)
+    arguments = {"num_classes": 8}
+    factory = "attnlab.attention.vit_mini"
+    parts_recipe(name, vit_mini(**arguments), 2_500, factory, arguments, seed, device)
 
 
 def dependencyvit_mini_parts(name: str, seed: int, device: torch.device) -> None:
@@ -53,22 +73,8 @@ def dependencyvit_mini_parts(name: str, seed: int, device: torch.device) -> None
     arguments = {"embed_dim": 64, "num_heads": 4}
     model = dependencyvit_mini(**arguments)
     ch01.fold_normalization(model, mean=0.41, std=0.21)
-    run_dir = repo_root() / "runs" / name
-    history = ch01.fit_vit_mini(model, seed, device, steps=1_200, run_dir=run_dir)
-    test = data.load("parts", "test", n=2_000)
-    checkpoints.save(
-        data_dir() / "checkpoints" / name,
-        model,
-        factory="attnlab.dependencyvit.dependencyvit_mini",
-        arguments=arguments,
-        command=f"python scripts/train_checkpoints.py {name} --seed {seed}",
-        seed=seed,
-        device=device,
-        seconds=history.seconds,
-        metrics={"test accuracy": train.accuracy(model, test, device=device)},
-        data={"name": "parts", "split": "train", "n": 20_000, "size": 64},
-        probe_image="chelsea",
-    )
+    factory = "attnlab.dependencyvit.dependencyvit_mini"
+    parts_recipe(name, model, 1_200, factory, arguments, seed, device)
 
 
 def scenes_recipe(
@@ -79,18 +85,16 @@ def scenes_recipe(
     model = factory(num_classes=8)
     run_dir = repo_root() / "runs" / name
     history = ch03.fit_scenes(model, seed, device, steps=2_500, run_dir=run_dir)
-    checkpoints.save(
-        data_dir() / "checkpoints" / name,
+    ship(
+        name,
         model,
+        seed,
+        device,
         factory=f"{factory.__module__}.{factory.__name__}",
         arguments={"num_classes": 8},
-        command=f"python scripts/train_checkpoints.py {name} --seed {seed}",
-        seed=seed,
-        device=device,
         seconds=history.seconds,
         metrics=ch03.scenes_accuracy(model, device),
         data={"name": "scenes", "split": "train", "n": 8_192, "size": 64},
-        probe_image="chelsea",
     )
 
 
@@ -116,21 +120,19 @@ def spformer_micro_masks(name: str, seed: int, device: torch.device) -> None:
     run_dir = repo_root() / "runs" / name
     history = ch10.fit_masks(model, seed, device, steps=800, run_dir=run_dir)
     test = ch10.scenes("test_scenes", 512)
-    checkpoints.save(
-        data_dir() / "checkpoints" / name,
+    ship(
+        name,
         model,
+        seed,
+        device,
         factory="attnlab.lab.experiments.ch10.segmenter",
         arguments={},
-        command=f"python scripts/train_checkpoints.py {name} --seed {seed}",
-        seed=seed,
-        device=device,
         seconds=history.seconds,
         metrics={
             "mIoU": ch10.mean_iou(model, test, device),
             **ch10.oracle(lambda x: ch10.association(model.backbone, x), test, device),
         },
         data={"name": "scenes", "split": "train", "n": 4_096, "size": 64},
-        probe_image="chelsea",
     )
 
 
@@ -143,21 +145,19 @@ def patchconvnet_recipe(
         model, samples, seed, device, augment=train.flip_and_shift,
         run_dir=repo_root() / "runs" / name, **options,
     )  # fmt: skip
-    checkpoints.save(
-        data_dir() / "checkpoints" / name,
+    ship(
+        name,
         model,
+        seed,
+        device,
         factory="attnlab.patchconvnet.patchconvnet_mini",
         arguments={"num_classes": 8, "multiclass": model.multiclass},
-        command=f"python scripts/train_checkpoints.py {name} --seed {seed}",
-        seed=seed,
-        device=device,
         seconds=history.seconds,
         metrics={
             "one object": train.accuracy(model, ch08.scenes("test_scenes", 1_000, 1)),
             **ch08.set_scores(model, ch08.two_classes(), device),
         },
         data={"name": "scenes", "split": "train", "n": 8_192, "size": 64},
-        probe_image="chelsea",
     )
 
 
@@ -181,21 +181,19 @@ def clip_flow(name: str, seed: int, device: torch.device) -> None:
     history = ch07.fit_flow(model.flow_net, seed, device, run_dir=repo_root() / "runs" / name)
     test = ch07.clips("test", 128)
     errors = {offset: video_tasks.flow_scores(model.flow_net, test, offset) for offset in (1, 4, 8)}
-    checkpoints.save(
-        data_dir() / "checkpoints" / name,
+    ship(
+        name,
         model,
+        seed,
+        device,
         factory="attnlab.lab.experiments.ch07.FlowBetween",
         arguments={},
-        command=f"python scripts/train_checkpoints.py {name} --seed {seed}",
-        seed=seed,
-        device=device,
         seconds=history.seconds,
         metrics={
             f"error on things, px, {offset} frames apart": error["objects"]
             for offset, error in errors.items()
         },
         data={"name": "clips", "split": "train", "n": 1_024, "size": 64},
-        probe_image="chelsea",
     )
 
 
@@ -205,18 +203,16 @@ def clip_ways(name: str, seed: int, device: torch.device) -> None:
     model = ch07.all_ways(seed, device)
     test = ch07.clips("test", 128).to(device)
     answers = ch07.carried_by(model)
-    checkpoints.save(
-        data_dir() / "checkpoints" / name,
+    ship(
+        name,
         model,
+        seed,
+        device,
         factory="attnlab.lab.experiments.ch07.ClipModel",
         arguments={},
-        command=f"python scripts/train_checkpoints.py {name} --seed {seed}",
-        seed=seed,
-        device=device,
         seconds=perf_counter() - started,
         metrics={f"mIoU, {way}, 8 frames on": ch07.miou(answers[way](test, 8)) for way in answers},
         data={"name": "clips", "split": "train", "n": 512, "size": 64},
-        probe_image="chelsea",
     )
 
 
@@ -236,33 +232,34 @@ def clip_segmenter(name: str, seed: int, device: torch.device) -> None:
         for offset in (0, 4):
             scores = video_tasks.segmentation_scores(video_tasks.answers_at(model, clips, offset))
             metrics[f"{split} mIoU, {offset} frames from the key frame"] = scores["all"]
-    checkpoints.save(
-        data_dir() / "checkpoints" / name,
+    ship(
+        name,
         model,
+        seed,
+        device,
         factory="attnlab.lab.video_models.ClipSegmenter",
         arguments={},
-        command=f"python scripts/train_checkpoints.py {name} --seed {seed}",
-        seed=seed,
-        device=device,
         seconds=history.seconds,
         metrics=metrics,
         data={"name": "clips", "split": "train", "n": 1_024, "size": 64, **options},
-        probe_image="chelsea",
     )
 
 
 CHECKPOINTS = {
-    "vit_mini_parts": vit_mini_parts,
-    "dependencyvit_mini_parts": dependencyvit_mini_parts,
-    "resnet_mini_se_scenes": resnet_mini_se_scenes,
-    "resnet_mini_scenes": resnet_mini_scenes,
-    "resnet_mini_cbam_scenes": resnet_mini_cbam_scenes,
-    "spformer_micro_masks": spformer_micro_masks,
-    "clip_segmenter": clip_segmenter,
-    "clip_flow": clip_flow,
-    "clip_ways": clip_ways,
-    "patchconvnet_mini_scenes": patchconvnet_mini_scenes,
-    "patchconvnet_mini_classes_scenes": patchconvnet_mini_classes_scenes,
+    recipe.__name__: recipe
+    for recipe in (
+        vit_mini_parts,
+        dependencyvit_mini_parts,
+        resnet_mini_se_scenes,
+        resnet_mini_scenes,
+        resnet_mini_cbam_scenes,
+        spformer_micro_masks,
+        clip_segmenter,
+        clip_flow,
+        clip_ways,
+        patchconvnet_mini_scenes,
+        patchconvnet_mini_classes_scenes,
+    )
 }
 
 
