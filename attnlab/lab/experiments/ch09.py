@@ -117,6 +117,16 @@ def tree_scores(scores: Tensor, batch: dict[str, Tensor], images: int = 200) -> 
     }
 
 
+def gates_and_trees(model: DependencyViT, device) -> dict[str, float]:
+    """What a checkpoint's 64-pixel network found: contrast of its last gates, and its trees."""
+    single = data.load("parts", "test", n=100).batch(range(100))
+    messages = model.trace(single["image"].to(device)).messages.cpu()
+    contrast = dependency_metrics.gate_contrast(messages, on_object(single, GRID[0]))[-1]
+    pairs = two_objects(size=64).batch(range(200))
+    scores = dependency_scores(model.trace(pairs["image"].to(device))).cpu()
+    return {"gate contrast": contrast.item(), **tree_scores(scores, pairs)}
+
+
 # ---- The tables ---------------------------------------------------------------------------------
 
 
