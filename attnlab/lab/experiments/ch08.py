@@ -10,11 +10,13 @@ from functools import partial
 
 import torch
 from einops import rearrange
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.xcit import Xcit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnlab.attention_pooling import AttentionPool
-from attnlab.lab import data, gradcam, metrics, train
+from attnlab.lab import cost, data, gradcam, metrics, train
 from attnlab.lab.box_metrics import box_accuracy
 from attnlab.lab.data import Samples
 from attnlab.patchconvnet import PatchConvNet, patchconvnet_mini
@@ -22,6 +24,7 @@ from attnlab.patchconvnet import PatchConvNet, patchconvnet_mini
 CHAPTER = "08_patchconvnet"
 RERUN = ("ablation", "1×1 convolutions in the trunk")
 POOLING_STEPS, SET_STEPS, TUNING_STEPS, PART_STEPS = 800, 600, 200, 250
+NEIGHBOR_STEPS = 600
 
 # 32-pixel images on a map of 8×8 places, as many as `patchconvnet_mini` has of 64-pixel ones.
 small = partial(patchconvnet_mini, stem_convs=2)
@@ -225,6 +228,44 @@ def ablation(seed: int, device, rows: tuple[str, ...] = tuple(PARTS)) -> dict:
             "accuracy": train.accuracy(model, test, device=device),
             "pointing": metrics.pointing(maps, batch["saliency"]).mean().item(),
             "energy": metrics.energy_inside(maps, batch["saliency"]).mean().item(),
+        }
+    return results
+
+
+# ---- Beside two transformers of its size --------------------------------------------------------
+
+# All three have about 111,000 parameters, and at the end 8×8 or, after Swin's stages, 4×4 places.
+NEIGHBORS: dict[str, Callable[[], nn.Module]] = {
+    "PatchConvNet": patchconvnet_mini,
+    "XCiT": partial(
+        Xcit, img_size=64, patch_size=8, embed_dim=32, depth=6, num_heads=4, mlp_ratio=3.75,
+        num_classes=8,
+    ),
+    "Swin": partial(
+        SwinTransformer, img_size=64, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2, 2),
+        num_heads=(1, 2, 4), mlp_ratio=2.5, drop_path_rate=0.0, num_classes=8,
+    ),
+}  # fmt: skip
+
+
+def neighbors(seed: int, device) -> dict:
+    """PatchConvNet beside timm's XCiT and Swin: one object, equal parameters, one recipe."""
+    test = data.load("scenes", "test_scenes", n=1_000)
+    images = torch.rand(64, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    results = {}
+    for row, factory in NEIGHBORS.items():
+        train.seed_everything(seed)
+        model = factory()
+        fit_scenes(model, seed, device, steps=NEIGHBOR_STEPS, progress=False)
+        with torch.no_grad():
+            predicting = cost.peak_memory(partial(model, images), device)
+        training = cost.peak_memory(lambda: model(images).sum().backward(), device)  # noqa: B023
+        results[row] = {
+            "accuracy": train.accuracy(model, test, device=device),
+            "thousand parameters": cost.parameters(model) / 1e3,
+            "million MACs": cost.macs(model, images[:1]) / 1e6,
+            "MiB, predicting 64": predicting / 2**20,
+            "MiB, training on 64": training / 2**20,
         }
     return results
 
