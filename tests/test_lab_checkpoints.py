@@ -1,5 +1,6 @@
 """`attnlab.lab.checkpoints`: round trip, every way in which one can be wrong, and all shipped."""
 
+import copy
 import json
 
 import pytest
@@ -60,6 +61,28 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, device):
     with torch.no_grad():
         image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(torch.tensor([card["golden"]["values"]]), model(image))
+
+
+def test_half_precision_takes_half_the_space_and_comes_back_rounded(tmp_path):
+    model = save(tmp_path / "full")
+    save(tmp_path / "half", model, half=True)
+    stored = load_file(tmp_path / "half.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    loaded = checkpoints.load(tmp_path / "half")
+    rounded = checkpoints.round_to_half(copy.deepcopy(model)).state_dict()
+    for key, value in loaded.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, model.state_dict()[key].half().float())
+        assert torch.equal(value, rounded[key])
+    assert any(not torch.equal(rounded[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_number_beyond_half_precision_is_refused(tmp_path):
+    model = save(tmp_path / "full")
+    nn.init.constant_(model.head.bias, 1e6)
+    with pytest.raises(ValueError, match="finite outputs"):
+        save(tmp_path / "half", model, half=True)
+    assert not (tmp_path / "half.json").exists()
 
 
 def test_a_bare_name_is_a_bundled_one(tmp_path, monkeypatch):

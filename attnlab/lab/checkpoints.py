@@ -55,6 +55,7 @@ def save(
     metrics: dict[str, float],
     data: dict[str, Any],
     probe_image: str | dict[str, Any],
+    half: bool = False,
 ) -> Path:
     """Write `path`.safetensors and `path`.json, and return the latter's path.
 
@@ -64,6 +65,8 @@ def save(
         of the generator is added where the name is that of a bundled set.
     probe_image: input for the golden values: the name of a bundled photograph, shrunk to
         `arguments["img_size"]` (default 64), or {"shape": [1, 3, 64, 64], "seed": 0}.
+    half: store float32 as float16, in half the space. The golden values are those of the rounded
+        weights; measure `metrics` after `round_to_half(model)`, so that they are too.
     Raises ValueError when the factory builds another model or an argument does not fit.
     """
     whole(0, seed=seed)
@@ -77,6 +80,9 @@ def save(
     difference = _difference(state, rebuilt.state_dict())
     require(not difference, "factory", factory, f"one that builds this model; {difference}")
     rebuilt.load_state_dict(state)
+    if half:
+        round_to_half(rebuilt)
+        state = {k: v.half() if v.dtype == torch.float32 else v for k, v in state.items()}
     golden = _golden(rebuilt, probe_image)
     finite = all(map(math.isfinite, golden["values"]))
     require(finite, "model", type(model).__name__, "finite outputs on probe_image")
@@ -106,6 +112,15 @@ def save(
         },
     )
     return sidecar
+
+
+@torch.no_grad()
+def round_to_half(model: nn.Module) -> nn.Module:
+    """Round the float32 numbers of a model, in place, to those that float16 has."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == torch.float32:
+            tensor.copy_(tensor.half())
+    return model
 
 
 def info(name_or_path: str | os.PathLike) -> dict[str, Any]:
@@ -143,6 +158,7 @@ def load(
     check(sha256(weights) == card["sha256"], f"{weights} has changed: its sha256 differs")
     state = load_file(weights)
     check(signature(state) == card["signature"], "the signature in its sidecar is another")
+    state = {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}
     try:
         model = _build(card)
     except ValueError as error:
