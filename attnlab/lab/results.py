@@ -46,6 +46,7 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str
+    rule: str = "---:"  # how all but the first column are aligned, in Markdown
 
     def __str__(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
@@ -61,7 +62,7 @@ class Table:
     __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
-        rule = ("---", *["---:"] * (len(self.header) - 1))
+        rule = ("---", *[self.rule] * (len(self.header) - 1))
         lines = [f"| {' | '.join(row)} |" for row in (self.header, rule, *self.rows)]
         return "\n".join([*lines, "", self.caption])
 
