@@ -24,7 +24,7 @@ from attnlab.dependency_trace import dependency_scores as dependency_scores
 from attnlab.dependency_trees import dependency_tree as dependency_tree
 from attnlab.layers import DropPath, LayerNorm, LayerScale, Mlp, PatchEmbed
 from attnlab.positions import resize_pos_embed
-from attnlab.reversed_attention import ReversedAttention
+from attnlab.reversed_attention import ReversedAttention, init_linear
 from attnlab.reversed_attention import reversed_attention as reversed_attention
 
 POOLS = ("gate_mean", "gate_sum", "mean", "root", "cls")
@@ -156,11 +156,7 @@ class DependencyViT(nn.Module):
 
     def init_weights(self) -> None:
         """Everything learned is small, every bias zero but the gates' (`gate_bias_init`)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(init_linear)
         for block in self.blocks:
             block.attn.init_weights()
         nn.init.trunc_normal_(self.pos_embed, std=0.02)

@@ -14,6 +14,7 @@ Index letters everywhere: b batch, h head, i child (sender), j parent (receiver)
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +32,8 @@ IMPLS = ("auto", "explicit", "two_pass", "fused")
 # "auto" leaves the explicit form when all scores of a call, batch × heads × children × parents, are
 # this many: about where they no longer fit into a CPU's cache, as {device: (form, scores)}.
 # CPU: measured by benchmarks/reversed_attention.py. CUDA: not measured.
-FASTER_FROM = {"cpu": ("two_pass", 15_000_000), "cuda": ("fused", 2**20)}
-BLOCK_SCORES = 2**19  # the two-pass form holds about this many scores at once, but
+FASTER_FROM = {"cpu": ("two_pass", 8_000_000), "cuda": ("fused", 2**20)}
+BLOCK_SCORES = 2**19  # the two-pass form holds about this many scores of a head at once, but
 SMALLEST_BLOCK = 16  # no fewer than those of this many children
 
 
@@ -190,20 +191,23 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _two_pass(q: Tensor, k: Tensor, u: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Per block of children: L_i = log Σ_j exp S_ij, then o_j += Σ_i exp(S_ij − L_i) u_i.
+    """Per block of a head's children: L_i = log Σ_j exp S_ij, then o_j += Σ_i exp(S_ij − L_i) u_i.
 
     The first pass over the parents normalises a child's row; the second sends. Both see the same
-    block of scores, `(B, heads, block, M)`, so that the two together are one softmax.
+    block of scores, `(block, M)`, so that the two together are one softmax.
     """
-    N, M = q.shape[-2], k.shape[-2]
-    block = max(SMALLEST_BLOCK, BLOCK_SCORES // (M * math.prod(q.shape[:-2])))
-    mask = None if mask is None else mask.expand(*q.shape[:-1], M)
-    out = u.new_zeros(*k.shape[:-1], u.shape[-1], dtype=torch.promote_types(u.dtype, torch.float32))
-    for start in range(0, N, block):
-        children = slice(start, start + block)
-        rows = None if mask is None else mask[..., children, :]
-        weights = attention_weights(q[..., children, :], k, mask=rows, scale=scale)
-        out += _receive(weights, u[..., children, :])
+    B, heads, N, _ = q.shape
+    M = k.shape[-2]
+    block = max(SMALLEST_BLOCK, BLOCK_SCORES // M)
+    mask = None if mask is None else mask.expand(B, heads, N, M)
+    exact = u.to(torch.promote_types(u.dtype, torch.float32))
+    out = exact.new_zeros(B, heads, M, u.shape[-1])
+    for head in product(range(B), range(heads)):
+        for start in range(0, N, block):
+            children = slice(start, start + block)
+            rows = None if mask is None else mask[head][children]
+            weights = attention_weights(q[head][children], k[head], mask=rows, scale=scale)
+            out[head].addmm_(weights.to(out.dtype).mT, exact[head][children])
     return out.to(u.dtype)
 
 
@@ -248,6 +252,14 @@ def _check(q, k, v, head_probs, messages, mask, impl) -> None:
         raise ValueError(f"mask of dtype {mask.dtype}: expected bool (True = may send)")
     check_inputs(q, k, k, mask)
     _check_impl(impl)
+
+
+def init_linear(module: nn.Module) -> None:
+    """A linear map's weights become small, and its bias zero; nothing else changes."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class ReversedAttention(nn.Module):
@@ -315,11 +327,7 @@ class ReversedAttention(nn.Module):
 
     def init_weights(self) -> None:
         """Everything small, biases zero, and the gates as open as `gate_bias_init` says."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(init_linear)
         nn.init.constant_(self.controller.fc2.bias, self.gate_bias_init)
 
     def forward(
