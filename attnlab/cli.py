@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     video.add_argument("--model", default="clip_segmenter", help="a checkpoint's name or path")
     video.add_argument("--size", type=int, default=64, help="px of the side that the model sees")
     commands.add_parser("train", add_help=False, help="train a model on ImageNet or bundled data")
+    commands.add_parser("bench", add_help=False, help="time every mechanism against its peers")
     chosen, others = parser.parse_known_args(arguments)
     if chosen.command == "lab":
         try:
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lab.error(str(error))
     if chosen.command == "train":
         return train(others)
+    if chosen.command == "bench":
+        return bench(others)
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if chosen.command == "video":
@@ -87,6 +90,13 @@ def train(arguments: Sequence[str]) -> int:
     from attnlab.lab import train_command
 
     return train_command.main(arguments)
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """Run the benchmark suite; its arguments are those of `attnlab.lab.bench`."""
+    from attnlab.lab import bench as suite
+
+    return suite.main(arguments)
 
 
 def annotate_video(source: str, out: str, model: str, size: int) -> int:
