@@ -58,7 +58,7 @@ def with_block(block: Callable[[int], nn.Module]) -> ResNet:
 
 
 def selective_kernels() -> ResNet:
-    """In each stage two kernels of half the parameters stand for the second 3×3, one dilated by 2."""
+    """Each stage's second 3×3 gives way to two of half its parameters, one of them dilated."""
     model = trunk()
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
         conv = stage[0].conv2
