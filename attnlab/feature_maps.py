@@ -1,13 +1,28 @@
-"""A trunk of one resolution as the backbone that dense heads want.
+"""Our models as the backbones that others want: dense heads, detectors, timm.
 
 `Segmenter` (attnlab.heads) asks a backbone for its stages; the detectors of torchvision, such as
 Mask R-CNN (He et al. 2017), call it and look at `out_channels`. A plain transformer has one map of
 one resolution, and so has PatchConvNet; Lite models bring their pruned patches back for it.
+
+timm asks for `feature_info` and `forward_intermediates`, which `attnlab.models` gives to the model
+classes from here: blocks are listened to while the model runs, so that no model is written twice.
 """
 
-from torch import Tensor, nn
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from attnlab import attention, spformer
+from attnlab.dependency_pruning import restore
+from attnlab.dependencyvit import DependencyBlock, DependencyViT
 from attnlab.layers import check_map
+from attnlab.patchconvnet import ConvBlock, PatchConvNet
+from attnlab.resnet import STAGES, ResNet
+
+BLOCKS = (attention.Block, spformer.Block, DependencyBlock, ConvBlock)
 
 
 class MapBackbone(nn.Module):
@@ -45,3 +60,131 @@ class MapBackbone(nn.Module):
         map = forward(x, **self.options)
         check_map(map, self.out_channels, "map")
         return map
+
+
+def feature_info(model: nn.Module) -> list[dict]:
+    """What timm asks of each map of a model of ours: `num_chs`, `reduction` (stride), `module`.
+
+    A ResNet has five, of the stem and the stages, as timm's have; the others one a block.
+    """
+    if isinstance(model, ResNet):
+        return _stages_info(model)
+    if isinstance(model, PatchConvNet):
+        stride = model.stride
+    elif isinstance(model, spformer.SPFormer):
+        stride = model.patch_size
+    else:
+        stride = max(model.patch_embed.patch_size)
+    names = [name for name, module in model.named_modules() if isinstance(module, BLOCKS)]
+    return [{"num_chs": model.num_features, "reduction": stride, "module": name} for name in names]
+
+
+def _stages_info(model: ResNet) -> list[dict]:
+    channels, stride = model.layer1[0].conv1.in_channels, 2
+    info = [{"num_chs": channels, "reduction": stride, "module": "relu"}]
+    stride *= 2 if isinstance(model.maxpool, nn.MaxPool2d) else 1
+    for index, name in enumerate(STAGES):
+        shortcut = getattr(model, name)[0].downsample
+        stride *= 1 if shortcut is None else shortcut[0].stride[0]
+        channels = model.num_features // 2 ** (len(STAGES) - 1 - index)
+        info.append({"num_chs": channels, "reduction": stride, "module": name})
+    return info
+
+
+def forward_intermediates(
+    model: nn.Module,
+    x: Tensor,
+    indices: int | Sequence[int] | None = None,
+    norm: bool = False,
+    stop_early: bool = False,
+    output_fmt: str = "NCHW",
+    intermediates_only: bool = False,
+) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+    """Images `(B, in_chans, H, W)` → what `forward_features` gives, and maps of places on the way.
+
+    Args:
+        indices: of `feature_info`, negative ones from the end; a number n is the last n, None all.
+            Maps come in the order of depth.
+        norm: the last norm reads every map, in the models whose `forward_features` ends with it
+            (`VisionTransformer`, `DependencyViT`).
+        stop_early: timm's word; here all blocks run.
+        output_fmt: "NCHW", maps `(B, C, h, w)`; or "NLC", `(B, h·w, C)`. Prefix tokens are left
+            out, and pruned patches come back from their parents.
+        intermediates_only: return the maps alone.
+
+    Raises:
+        ValueError: indices that are not there, or an unknown format.
+    """
+    names = [info["module"] for info in feature_info(model)]
+    taken = _taken(len(names), indices)
+    if output_fmt not in ("NCHW", "NLC"):
+        raise ValueError(f"output_fmt={output_fmt!r}: expected NCHW or NLC")
+    outputs: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for index in taken:
+            for handle in _listen(model.get_submodule(names[index]), outputs, index):
+                stack.callback(handle.remove)
+        features = model.forward_features(x)
+    maps = [_as_map(model, index, outputs[index], x, features, norm) for index in taken]
+    if output_fmt == "NLC":
+        maps = [rearrange(map, "b d h w -> b (h w) d") for map in maps]
+    return maps if intermediates_only else (features, maps)
+
+
+def prune_intermediate_layers(
+    model: nn.Module,
+    indices: int | Sequence[int] | None = 1,
+    prune_norm: bool = False,
+    prune_head: bool = True,
+) -> list[int]:
+    """What timm calls before it takes maps only: the classifier goes, and the layers stay."""
+    if prune_head:
+        model.reset_classifier(0)
+    return _taken(len(feature_info(model)), indices)
+
+
+def _taken(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Places from 0 to count - 1, ascending."""
+    if indices is None:
+        return list(range(count))
+    wanted = range(-indices, 0) if isinstance(indices, int) else indices
+    if not wanted or not all(-count <= index < count for index in wanted):
+        raise ValueError(
+            f"indices={indices}: expected 1 to {count} maps, or places from {-count} to {count - 1}"
+        )
+    return sorted({index % count for index in wanted})
+
+
+def _listen(block: nn.Module, outputs: dict[int, Tensor], index: int) -> Iterator[RemovableHandle]:
+    """Put what `block` gives into `outputs[index]` whenever it runs."""
+
+    def put(output: Tensor) -> None:
+        outputs[index] = output
+
+    if isinstance(block, DependencyBlock):  # called by halves, the second of which is x + branch
+        yield block.norm2.register_forward_pre_hook(lambda _, inputs: put(inputs[0]))
+        yield block.drop_path2.register_forward_hook(lambda *seen: put(outputs[index] + seen[-1]))
+    else:
+        yield block.register_forward_hook(lambda *seen: put(seen[-1]))
+
+
+def _as_map(
+    model: nn.Module, index: int, output: Tensor, x: Tensor, features: Tensor, norm: bool
+) -> Tensor:
+    """What a block gave, as `(B, C, h, w)`."""
+    if output.ndim == 4:
+        return output
+    if isinstance(model, spformer.SPFormer):
+        rows, _ = model.grid(*x.shape[-2:])
+        return rearrange(output, "b (h w) d -> b d h w", h=rows)
+    rows, _ = model.patch_embed.grid(*x.shape[-2:])
+    output = model.norm(output) if norm else output
+    if isinstance(model, DependencyViT):
+        pruned = sum(layer <= index + 1 for layer in model.prune_layers)
+        output = restore(output, features.stages[:pruned])
+    return rearrange(output[:, model.num_prefix_tokens :], "b (h w) d -> b d h w", h=rows)
+
+
+def get_classifier(model: nn.Module) -> nn.Module | tuple[nn.Module, nn.Module]:
+    """The classifier `head`; with DeiT's distillation token, both classifiers."""
+    return (model.head, model.head_dist) if hasattr(model, "head_dist") else model.head
