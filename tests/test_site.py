@@ -286,6 +286,15 @@ def test_the_search_finds_it(browser, site, served, how, words, expected):
 
 
 @needs_browser
+def test_the_chinese_terms_are_marked_as_chinese(browser, site):
+    with visit(browser, (site / "glossary.html").as_uri()) as page:
+        marked = page.eval_on_selector_all(
+            "[lang=zh-Hans]", "cells => cells.map((c) => c.innerText)"
+        )
+    assert marked == [chinese for _term, chinese, *_ in glossary()]
+
+
+@needs_browser
 @pytest.mark.parametrize("name", DARK)
 def test_pages_open_from_a_folder(browser, site, name):
     with visit(browser, (site / f"{name}.html").as_uri()) as page:

@@ -19,6 +19,7 @@ function reachScrollers() {
 
 addEventListener("DOMContentLoaded", () => {
   markTheme();
+  for (const term of document.querySelectorAll("#glossary td:nth-child(2)")) term.lang = "zh-Hans";
   // Sphinx marks the groups of its contents as headings, of no level.
   for (const group of document.querySelectorAll(".caption[role=heading]")) group.ariaLevel = "2";
   new MutationObserver(markTheme).observe(document.body, { attributeFilter: ["data-theme"] });
