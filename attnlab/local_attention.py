@@ -5,11 +5,10 @@ query of the current frame looks for its content in a window of the key frame ar
 and receives the mean of the key's features there, weighted by how well they fit. A warp along a
 flow is the special case of weights that form a bilinear hat around one displacement.
 
-Papers of the family: Xiao & Lee 2018, "Video Object Detection with an Aligned Spatial-Temporal
-Memory" (weights divided by their sum); Guo et al. 2019, "Progressive Sparse Local Attention";
-Jiang et al. 2019, "Video Object Detection with Locally-Weighted Deformable Neighbors". What
-differs: cells outside the map are masked, not zero keys; and, of the last two, all that their
-texts leave open.
+Papers: Xiao & Lee 2018, "Video Object Detection with an Aligned Spatial-Temporal Memory" (weights
+divided by their sum); Guo et al. 2019, "Progressive Sparse Local Attention"; Jiang et al. 2019,
+"Video Object Detection with Locally-Weighted Deformable Neighbors". What differs: cells outside the
+map are masked, not zero keys; and, of the last two, what their texts leave open.
 """
 
 import math
@@ -17,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from attnlab.attention import attention_weights, scaled_dot_product_attention
@@ -117,9 +116,9 @@ def local_attention_warp(
         scale: factor of the products, 1/√D by default; a tensor may be learned.
         impl: "explicit" goes through the displacements one by one, and has the weights
             `(B, L, H, W)`; "fused" cuts the map into tiles, gathers for each the keys that its
-            queries see, and calls PyTorch's kernel; "unfold" copies the window of every cell with
-            `F.unfold`, L times the map, and is here to compare with; "auto" is "fused". (Below a
-            radius of 3, "explicit" is faster on large maps, by up to 2.5 times without gradients.)
+            queries see, and calls PyTorch's kernel; "unfold" copies each cell's window, L times the
+            map, and is here to compare with; "auto" is "explicit" up to a radius of 2 without a
+            backward pass, one less with it, one less above 128 channels, else "fused".
 
     Returns:
         `(B, C, H, W)` in the dtype of `value`.
@@ -135,10 +134,23 @@ def local_attention_warp(
     if radius < 0:
         raise ValueError(f"radius={radius}: expected at least 0")
     query = query * (query.shape[1] ** -0.5 if scale is None else scale)
+    if impl == "auto":
+        impl = _faster(query, key, value, radius)
     if impl == "explicit":
         weights = local_correlation(query, key, radius).softmax(dim=1)
         return local_attend(value, weights, radius)
     return (_unfolded if impl == "unfold" else _tiled)(query, key, value, radius)
+
+
+def _faster(query: Tensor, key: Tensor, value: Tensor, radius: int) -> str:
+    """Measured on CPUs: a backward pass and wide maps each cost the loop one step of radius."""
+    wide = max(query.shape[1], value.shape[1]) > 128
+    small = radius + wide + _trains(query, key, value) <= 2
+    return "explicit" if small and query.device.type == "cpu" else "fused"
+
+
+def _trains(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _unfolded(query: Tensor, key: Tensor, value: Tensor, radius: int) -> Tensor:
@@ -157,39 +169,42 @@ def _unfolded(query: Tensor, key: Tensor, value: Tensor, radius: int) -> Tensor:
 def _tiled(query: Tensor, key: Tensor, value: Tensor, radius: int) -> Tensor:
     """Tiles of `TILE`² queries; each sees the keys of its tile and a halo of `radius` around."""
     height, width = query.shape[2:]
-    row, row_bias = _tile_axis(height, radius, query)
-    column, column_bias = _tile_axis(width, radius, query)
-    bias = rearrange(row_bias, "r u i -> r 1 u 1 i 1") + rearrange(
-        column_bias, "c v j -> 1 c 1 v 1 j"
-    )
-    bias = rearrange(bias, "r c u v i j -> 1 (r c) (u v) (i j)").expand(len(query), -1, -1, -1)
-    cells = rearrange(row, "r i -> r 1 i 1") * width + rearrange(column, "c j -> 1 c 1 j")
+    row_queries, row_keys, row_bias = _tile_axis(height, radius, query)
+    column_queries, column_keys, column_bias = _tile_axis(width, radius, query)
+    row_bias = repeat(row_bias, "r u i -> r 1 u 1 (i j)", j=column_keys.shape[1])
+    column_bias = repeat(column_bias, "c v j -> c 1 v (i j)", i=row_keys.shape[1])
+    maps = (query, key, value)
+    query, key, value = (rearrange(x, "b c h w -> b (h w) c").contiguous() for x in maps)
 
-    def tiles(x: Tensor) -> Tensor:
-        rows = rearrange(x, "b c h w -> b (h w) c").contiguous()
-        return rows.index_select(1, cells.flatten()).unflatten(1, (bias.shape[1], -1))
+    def gather(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        cells = rearrange(row, "r i -> r 1 i 1") * width + rearrange(column, "c j -> 1 c 1 j")
+        return x.index_select(1, cells.flatten()).unflatten(1, (-1, cells[0, 0].numel()))
 
-    queries = F.pad(query, (0, -width % TILE, 0, -height % TILE))
-    queries = rearrange(queries, "b d (r u) (c v) -> b (r c) (u v) d", u=TILE, v=TILE)
-    out = F.scaled_dot_product_attention(queries, tiles(key), tiles(value), bias, scale=1.0)
+    def attend(rows: slice) -> Tensor:
+        q = gather(query, row_queries[rows], column_queries)
+        k, v = (gather(x, row_keys[rows], column_keys) for x in (key, value))
+        bias = rearrange(row_bias[rows] + column_bias, "r c u v k -> 1 (r c) (u v) k")
+        return F.scaled_dot_product_attention(q, k, v, bias.expand(len(q), -1, -1, -1), scale=1.0)
+
+    # Without gradients, a CPU takes one row of tiles at a time: what it gathers stays in the cache.
+    step = 1 if query.device.type == "cpu" and not _trains(query, key, value) else len(row_keys)
+    out = torch.cat([attend(slice(r, r + step)) for r in range(0, len(row_keys), step)], dim=1)
     joined = "b (r c) (u v) d -> b d (r u) (c v)"
-    return rearrange(out, joined, r=len(row), u=TILE)[:, :, :height, :width]
+    return rearrange(out, joined, r=len(row_keys), u=TILE)[:, :, :height, :width]
 
 
-def _tile_axis(length: int, radius: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """One axis in T tiles: positions of the keys `(T, L)`, and −∞ where a query sees none of them.
+def _tile_axis(length: int, radius: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One axis in T tiles: positions of queries `(T, TILE)` and keys `(T, L)`; bias `(T, TILE, L)`.
 
-    The bias is `(T, TILE, L)`, L = TILE + 2·radius, 0 elsewhere. Queries beyond the map, which
-    fill the last tile, see what its last query sees.
+    The bias is −∞ where a query does not see a key, else 0. Beyond the map, its last query repeats.
     """
-    queries = rearrange(
-        torch.arange(length + -length % TILE, device=like.device), "(t u) -> t u", u=TILE
-    )
-    keys = queries[:, :1] - radius + torch.arange(TILE + 2 * radius, device=like.device)
-    near = (queries.clamp(max=length - 1)[:, :, None] - keys[:, None]).abs() <= radius
+    first = torch.arange(0, length, TILE, device=like.device)[:, None]
+    queries = (first + torch.arange(TILE, device=like.device)).clamp(max=length - 1)
+    keys = first + torch.arange(-radius, TILE + radius, device=like.device)
+    near = (queries[:, :, None] - keys[:, None]).abs() <= radius
     seen = near & ((keys >= 0) & (keys < length))[:, None]
     bias = torch.zeros_like(seen, dtype=like.dtype).masked_fill(~seen, -math.inf)
-    return keys.clamp(0, length - 1), bias
+    return queries, keys.clamp(0, length - 1), bias
 
 
 def flow_to_attention(flow: Tensor, radius: int) -> Tensor:
@@ -306,17 +321,14 @@ class AttentionWarp(nn.Module):
         query = query / self.temperature.clamp(min=0.01)
         if self.radius is None:
             return self._attend_everywhere(query, key, features)
-        only_explicit = (self.normalize, self.pattern) != ("softmax", "dense")
-        if self.impl != "explicit" and not only_explicit:
-            return local_attention_warp(
-                query, key, features, self.radius, scale=1.0, impl=self.impl
-            )
+        if self.impl != "explicit" and (self.normalize, self.pattern) == ("softmax", "dense"):
+            options = {"scale": 1.0, "impl": self.impl}
+            return local_attention_warp(query, key, features, self.radius, **options)
         scores = local_correlation(query, key, self.window)
         if self.normalize == "softmax":
             weights = scores.softmax(dim=1)
         else:
-            positive = scores.clamp(min=0)
-            weights = positive / positive.sum(dim=1, keepdim=True).clamp(min=1e-6)
+            weights = F.normalize(scores.clamp(min=0), p=1, dim=1, eps=1e-6)
         return local_attend(features, self.attn_probe(weights), self.window)
 
     def _attend_everywhere(self, query: Tensor, key: Tensor, features: Tensor) -> Tensor:

@@ -5,8 +5,10 @@ Flow is fast and hands errors on, aggregation is accurate and slow. Aggregate at
 each with all before it; let the flow network say where what it moved does not fit, and compute that
 again; and make a key frame where that is much.
 
-What differs from the paper: no layer is computed on a part of its map only, so that a partial
-update saves no time here, and the share it needs is counted instead.
+What differs from the paper: a partial update saves no time here. There it does so within the
+backbone, each of whose layers is computed only where U is 1, from the partly updated layer below;
+that is inexact near the border of U. Here the backbone is any module, and runs as a whole where any
+cell needs it; the share of cells is counted instead.
 """
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from attnlab.flow import warp
 from attnlab.propagation import FrameAggregator
-from attnlab.streaming import VideoModel, check_frames
+from attnlab.streaming import VideoModel, check_frames, check_interval
 
 
 class SparseRecursiveAggregation(VideoModel):
@@ -36,9 +38,9 @@ class SparseRecursiveAggregation(VideoModel):
     Attributes:
         last_consistency, last_update: Q and U of the last `step`, `(B, 1, h, w)`; None at the
             first frame.
-        updated_area: the means of U, summed over the frames that are no key frames. A partial
-            update costs that share of a backbone where the machine can skip the rest; this code
-            runs the whole backbone and takes what it needs.
+        updated_area: the means of U, summed over the frames that are no key frames: the share of a
+            backbone that a layer-by-layer update would cost. This code runs the whole backbone
+            where U is not empty, and neither backbone nor aggregator where it is.
 
     Raises:
         ValueError: an `interval` below 1.
@@ -56,8 +58,7 @@ class SparseRecursiveAggregation(VideoModel):
         interval: int | None = None,
         partial_updates: bool = True,
     ):
-        if interval is not None and interval < 1:
-            raise ValueError(f"interval={interval}: expected at least 1, or None")
+        check_interval(interval)
         super().__init__(backbone, head)
         self.flow_net, self.aggregator = flow_net, aggregator
         self.threshold, self.key_area, self.interval = threshold, key_area, interval
@@ -139,8 +140,9 @@ class SparseRecursiveAggregation(VideoModel):
             return self._keep(frame, self._merge(moved, self._compute(frame), update))
         self._since_key += 1
         self.updated_area += update.mean().item()
-        fresh = self.backbone(frame) if update.any() else moved
-        return self._answer(self._merge(moved, fresh, update), was_key=False)
+        if not update.any():  # then `_merge` is the mean of two equal maps
+            return self._answer(moved, was_key=False)
+        return self._answer(self._merge(moved, self.backbone(frame), update), was_key=False)
 
     def _compute(self, frame: Tensor) -> Tensor:
         self.n_backbone += 1

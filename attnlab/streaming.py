@@ -44,6 +44,12 @@ class VideoModel(nn.Module):
         return self.head(features)
 
 
+def check_interval(interval: int | None) -> None:
+    """`ValueError` unless a key frame every so many frames; None leaves it to the model."""
+    if interval is not None and interval < 1:
+        raise ValueError(f"interval={interval}: expected at least 1")
+
+
 def check_frames(**frames: Tensor) -> None:
     """`ValueError` unless all are images `(B, C, H, W)` of one shape."""
     shapes = {name: tuple(x.shape) for name, x in frames.items()}

@@ -42,7 +42,7 @@ from attnlab.propagation import StaleCopy as StaleCopy
 from attnlab.propagation import aggregate as aggregate
 from attnlab.propagation import cosine_weights as cosine_weights
 from attnlab.sparse_recursive import SparseRecursiveAggregation as SparseRecursiveAggregation
-from attnlab.streaming import VideoModel, check_frames
+from attnlab.streaming import VideoModel, check_frames, check_interval
 from attnlab.weighted_neighbors import LocallyWeightedNeighbors as LocallyWeightedNeighbors
 from attnlab.weighted_neighbors import locally_weighted_neighbors as locally_weighted_neighbors
 
@@ -86,8 +86,7 @@ class KeyFrameModel(VideoModel):
         memory: nn.Module | None = None,
         interval: int = 10,
     ):
-        if interval < 1:
-            raise ValueError(f"interval={interval}: expected at least 1")
+        check_interval(interval)
         super().__init__(backbone, head)
         self.propagate = propagate
         self.embed = nn.Identity() if embed is None else embed

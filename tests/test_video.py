@@ -625,7 +625,7 @@ def test_errors():
         (lambda: dff()(frame, frame, frame), "previous_key: expected None"),
         (lambda: guided()(frame, frame, pair), "previous_key (2, 3, 16, 16): expected frames"),
         (lambda: dff(interval=0), "interval=0: expected at least 1"),
-        (lambda: recursive(interval=0), "interval=0: expected at least 1, or None"),
+        (lambda: recursive(interval=0), "interval=0: expected at least 1"),
         (lambda: fgfa(-1), "radius=-1: expected at least 0"),
         (lambda: fgfa(train_neighbors=0), "train_neighbors=0: expected at least 1"),
         (lambda: aggregator(temperature=0), "temperature=0: expected a number above 0"),
