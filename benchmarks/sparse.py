@@ -7,17 +7,23 @@ full fused attention in one run. Two-stage patterns (axial, interlaced) run both
 Markdown tables, and writes benchmarks/results/sparse-NAME.json. Run it on a quiet machine.
 """
 
+from functools import partial
+
 import torch
 from _common import alone, arguments, extra_memory, seconds, table, write
 from einops import rearrange
 
 from attnlab.attention import scaled_dot_product_attention
+from attnlab.lab.bench_case import HEADS, WIDTH
+from attnlab.lab.bench_patterns import (
+    attend_in_stages,
+    axial_axes,
+    interlaced_axes,
+    neighborhood_axes,
+    window_axes,
+)
 from attnlab.lab.cost import growth
 from attnlab.sparse import criss_cross_attention
-from attnlab.sparse_blocks import block_attention, neighbors, residues, windows
-
-HEADS, WIDTH = 4, 32  # of every pattern but criss-cross, which has one head of 128 as in its paper
-BLOCK = 8
 
 
 def full(q, k, v):
@@ -25,38 +31,20 @@ def full(q, k, v):
     return scaled_dot_product_attention(q, k, v, impl="fused")
 
 
-def window(q, k, v, size=8, shift=0):
-    rows, cols = (windows(length, size, shift, q.device) for length in q.shape[2:4])
-    return block_attention(q, k, v, rows, cols)
-
-
-def neighborhood(q, k, v, dilation=1):
-    rows, cols = (neighbors(length, 7, dilation, BLOCK, q.device) for length in q.shape[2:4])
-    return block_attention(q, k, v, rows, cols)
-
-
-def axial(q, k, v):
-    height, width = q.shape[2:4]
-    along_row = windows(height, 1, device=q.device), windows(width, width, device=q.device)
-    along_col = windows(height, height, device=q.device), windows(width, 1, device=q.device)
-    return block_attention(q, k, block_attention(q, k, v, *along_row), *along_col)
-
-
-def interlaced(q, k, v, cell=8):
-    rows, cols = (residues(length, cell, device=q.device) for length in q.shape[2:4])
-    return window(q, k, block_attention(q, k, v, rows, cols), cell)
+def pattern(axes, **options):
+    return partial(attend_in_stages, axes=partial(axes, **options))
 
 
 # name: (operator, keys a position sees on a map of H×H, the most that time may grow as N^)
 PATTERNS = {
     "full": (full, lambda H: H**2, None),
-    "window 8": (window, lambda H: 64, 1.15),
-    "window 7, shifted": (lambda q, k, v: window(q, k, v, 7, 3), lambda H: 49, 1.15),
-    "neighbourhood 7": (neighborhood, lambda H: 49, 1.15),
-    "dilated 7 by 2": (lambda q, k, v: neighborhood(q, k, v, 2), lambda H: 49, 1.15),
-    "axial": (axial, lambda H: 2 * H, 1.65),
+    "window 8": (pattern(window_axes), lambda H: 64, 1.15),
+    "window 7, shifted": (pattern(window_axes, size=7, shift=3), lambda H: 49, 1.15),
+    "neighbourhood 7": (pattern(neighborhood_axes), lambda H: 49, 1.15),
+    "dilated 7 by 2": (pattern(neighborhood_axes, dilation=2), lambda H: 49, 1.15),
+    "axial": (pattern(axial_axes), lambda H: 2 * H, 1.65),
     "criss-cross": (criss_cross_attention, lambda H: 2 * H - 1, 1.65),
-    "interlaced, cell 8": (interlaced, lambda H: H**2 // 64 + 64, 1.65),
+    "interlaced, cell 8": (pattern(interlaced_axes, cell=8), lambda H: H**2 // 64 + 64, 1.65),
 }
 
 

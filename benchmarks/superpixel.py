@@ -10,38 +10,13 @@ compared before the clock starts. Run it on a quiet machine.
 import timm
 import torch
 from _common import alone, arguments, extra_memory, seconds, table, write
-from einops import rearrange
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnlab import superpixel as sp
+from attnlab.lab.bench_cases import exchange
 from attnlab.spformer import spformer_small_patch32
 
 FORMS = ("unfold", "explicit", "fused")  # the last two are values of `impl`
 SHAPE = (8, 14, 4, 64, 384)  # SPFormer-S/16 at 224 pixels: batch, cells a side, s, C_p, C_s
-
-
-def exchange(form: str, pixels: torch.Tensor, superpixels: torch.Tensor) -> list[torch.Tensor]:
-    """One iteration between the projections: the updates of superpixels (P2S) and pixels (S2P).
-
-    Two heads. "unfold" copies the pixels' keys and values nine times; S2P, which has no pixels to
-    copy, is the same in all forms.
-    """
-    dim = superpixels.shape[-1] // 3
-    q_p, k_p, v_p = (
-        rearrange(part, "b y x n (m d) -> b m y x n d", m=2)
-        for part in pixels.split((dim, dim, pixels.shape[-1] - 2 * dim), dim=-1)
-    )
-    q_s, k_s, v_s = (
-        rearrange(part, "b y x (m d) -> b m y x d", m=2) for part in superpixels.split(dim, dim=-1)
-    )
-    if form == "unfold":
-        maps = (rearrange(sp.from_cells(x), "b m d h w -> b (m d) h w") for x in (k_p, v_p))
-        queries = rearrange(q_s, "b m y x d -> b (m d) y x")
-        p2s = sp.unfolded_p2s(queries, *maps, sp.cell_side(k_p), num_heads=2)
-    else:
-        p2s = sp.p2s_attend(sp.local_logits(k_p, q_s), v_p, form)
-        p2s = rearrange(p2s, "b m y x d -> b (m d) y x")
-    return [p2s, sp.spread(sp.local_logits(q_p, k_s).softmax(-1), v_s)]
 
 
 def inputs(shape: tuple, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +35,7 @@ def exchange_step(form: str, shape: tuple, device: str):
     def step():
         for x in given:
             x.grad = None
-        sum(out.sum() for out in exchange(form, *given)).backward()
+        sum(out.sum() for out in exchange(*given, form)).backward()
         if device == "cuda":
             torch.cuda.synchronize()
 
@@ -76,7 +51,7 @@ def saved_bytes(form: str, shape: tuple, device: str) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        outputs = exchange(form, *given)
+        outputs = exchange(*given, form)
     del outputs
     return sum(x.untyped_storage().nbytes() for x in storages.values())
 
@@ -96,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     shape, batch, repeats = ((1, 4, 4, 8, 16), 1, 3) if args.quick else (SHAPE, 32, 9)
 
-    outputs = {form: exchange(form, *inputs(shape, args.device)) for form in FORMS}
+    outputs = {form: exchange(*inputs(shape, args.device), form) for form in FORMS}
     for form in FORMS[1:]:
         for out, expected in zip(outputs[form], outputs["unfold"], strict=True):
             torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)

@@ -19,8 +19,8 @@ from attnlab.sparse import CrissCrossAttention, WindowAttention, criss_cross_att
 from attnlab.sparse_blocks import block_attention, dense_mask, neighbors, residues, windows
 
 
-def window_axes(H: int, W: int, device=None, size: int = 8) -> list:
-    return [(windows(H, size, device=device), windows(W, size, device=device))]
+def window_axes(H: int, W: int, device=None, size: int = 8, shift: int = 0) -> list:
+    return [tuple(windows(length, size, shift, device) for length in (H, W))]
 
 
 def neighborhood_axes(H: int, W: int, device=None, block: int = 8, dilation: int = 1) -> list:
@@ -32,11 +32,18 @@ def axial_axes(H: int, W: int, device=None) -> list:
     return [(row, windows(W, W, device=device)), (windows(H, H, device=device), column)]
 
 
-def interlaced_axes(H: int, W: int, device=None) -> list:
-    """Cells of P×P with P² = √N, where its cost is least."""
-    cell = max(round((H * W) ** 0.25), 1)
+def interlaced_axes(H: int, W: int, device=None, cell: int | None = None) -> list:
+    """Cells of P×P; by default P² = √N, where its cost is least."""
+    cell = cell or max(round((H * W) ** 0.25), 1)
     long_range = tuple(residues(length, cell, device=device) for length in (H, W))
     return [long_range, *window_axes(H, W, device, cell)]
+
+
+def attend_in_stages(q, k, v, axes: Callable[..., list], impl: str = "auto") -> Tensor:
+    """`(B, heads, H, W, d)` each → the same; a stage's output is the next one's values."""
+    for rows, cols in axes(*q.shape[2:4], q.device):
+        v = block_attention(q, k, v, rows, cols, impl=impl)
+    return v
 
 
 def _attend_under_masks(q, k, v, masks: list[Tensor], scale: float | None = None) -> Tensor:
@@ -54,14 +61,8 @@ def pattern(axes: Callable[..., list], N: int, form: str) -> Case:
     if form == "explicit":
         masks = [dense_mask(*stage) for stage in axes(H, W)]
         return Case(partial(_attend_under_masks, masks=masks), tensors)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for rows, cols in axes(H, W, q.device):
-            impl = "explicit" if form == "blocks" else form
-            v = block_attention(q, k, v, rows, cols, impl=impl)
-        return v
-
-    return Case(attend, tensors)
+    impl = "explicit" if form == "blocks" else form
+    return Case(partial(attend_in_stages, axes=axes, impl=impl), tensors)
 
 
 def neighborhood(N: int, form: str, dilation: int = 1) -> Case:
