@@ -5,8 +5,16 @@
 Prints Markdown tables of ratios within this run, and writes
 benchmarks/results/patchconvnet-NAME.json. All forms have the same inputs and weights, and their
 outputs are compared before the clock starts. Run it on a quiet machine.
+
+The forms of the pooling differ in how much memory they walk through, and a form is slow right after
+one that filled the caches: up to three times as slow as after itself. So each is called in a row,
+and the first call of a row is kept apart.
 """
 
+import random
+import statistics
+import time
+from collections.abc import Callable
 from functools import partial
 
 import timm
@@ -19,6 +27,7 @@ from torch import Tensor, nn
 from attnlab.attention_pooling import IMPLS, AttentionPool
 from attnlab.patchconvnet import ConvBlock, patchconvnet_s60
 
+ROW = 0.05  # seconds for which a form of the pooling is called again and again
 ONE = (16, 384, 1, 14)  # batch, width, queries, places a side
 MANY = ((1, 384, 1000, 14), (16, 384, 1000, 14), (16, 64, 300, 8), (16, 384, 8, 14))
 NETWORKS = {  # of about 25 million parameters
@@ -37,6 +46,35 @@ def synchronized(step, device: str):
             torch.cuda.synchronize()
 
     return run
+
+
+def in_rows(steps: dict[str, Callable], repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds of a call: "alone" among its like, and "first" after another step's.
+
+    The steps take turns, in an order drawn anew for each round. A turn is a first call, then a row
+    of calls that lasts about `ROW` seconds.
+    """
+
+    def duration(step: Callable, calls: int = 1) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            step()
+        return (time.perf_counter() - start) / calls
+
+    for step in steps.values():
+        step()
+    calls = {name: max(1, round(ROW / duration(step))) for name, step in steps.items()}
+    order, shuffle = list(steps), random.Random(0).shuffle
+    times = {name: {"first": [], "alone": []} for name in steps}
+    for _ in range(repeats):
+        shuffle(order)
+        for name in order:
+            times[name]["first"].append(duration(steps[name]))
+            times[name]["alone"].append(duration(steps[name], calls[name]))
+    return {
+        name: {kind: statistics.median(values) for kind, values in found.items()}
+        for name, found in times.items()
+    }
 
 
 def pooling_steps(shape: tuple, device: str, backward: bool) -> tuple[dict, dict]:
@@ -136,12 +174,16 @@ def network_step(name: str, batch: int, size: int, device: str):
 
 
 def print_pooling(results: dict) -> None:
-    print("\nForms of attention pooling: how much faster than explicit\n")
-    rows = [
-        [key, *(f"{times['explicit'] / times[impl]:.1f}×" for impl in IMPLS if impl != "explicit")]
-        for key, times in results.items()
-    ]
-    print(table(["batch, width, queries, side", *(i for i in IMPLS if i != "explicit")], rows))
+    print("\nForms of attention pooling: how much faster than explicit, each after itself")
+    print("(in brackets: its first call after another form)\n")
+    others = [impl for impl in IMPLS if impl != "explicit"]
+
+    def faster(times: dict, impl: str) -> str:
+        alone, first = (times["explicit"][k] / times[impl][k] for k in ("alone", "first"))
+        return f"{alone:.1f}× ({first:.1f}×)"
+
+    rows = [[key, *(faster(times, impl) for impl in others)] for key, times in results.items()]
+    print(table(["batch, width, queries, side", *others], rows))
 
 
 def main() -> None:
@@ -156,7 +198,7 @@ def main() -> None:
             parts = pooling_steps(shape, device, backward)
             for part, steps in zip(("attention", "block"), parts, strict=True):
                 key = f"{shape}, {part}, forward{' + backward' * backward}"
-                pooling[key] = seconds(steps, repeats)
+                pooling[key] = in_rows(steps, repeats)
     print_pooling(pooling)
 
     shape = batch, dim, depth, side = (2, 16, 2, 4) if quick else (8, 384, 60, 14)
