@@ -281,27 +281,25 @@ def aggregated(model: ClipModel, samples: Samples, frames: int = 5) -> Iterator[
 
 
 SPEEDS = (0, 1, 2, 4, 6)
-SPEED_ROWS = (
-    "every frame",
-    "stale copy",
-    "exact flow",
-    "cosine attention, R = 2",
-    "cosine attention, R = 4",
-    "cosine attention, full",
-)
+REACHES = {"cosine attention, R = 2": 2, "cosine attention, full": None}
+MERGING = ("sparse recursion", "FGFA, 5 frames")
+UNTRAINED = ("every frame", "stale copy", "exact flow", "matched flow", "cosine attention")
+SPEED_ROWS = (*UNTRAINED, *REACHES, *(way for way in WAYS if way != "stale copy"), *MERGING)
 
 
 def speeds(seed: int, device, rows: Sequence[str] = SPEED_ROWS) -> dict:
-    """mIoU four frames after the key frame, of things that all move so many px a frame."""
-    model = frame_model(seed, device)
-    answers = {
-        "every frame": partial(answers_at, every_frame(model)),
-        "stale copy": partial(answers_at, model.way("stale copy")),
-        "exact flow": partial(exact_flow_at, model),
-        "cosine attention, R = 2": partial(answers_at, untrained(model, 2)),
-        "cosine attention, R = 4": partial(answers_at, untrained(model, 4)),
-        "cosine attention, full": partial(answers_at, untrained(model, None)),
-    }
+    """mIoU four frames after the key frame, of things that all move so many px a frame.
+
+    Two rows see frames in between as well: the recursion has key frames four and two before, FGFA
+    all five frames.
+    """
+    plain = set(rows) <= {*UNTRAINED, *REACHES}
+    model = frame_model(seed, device) if plain else all_ways(seed, device)
+    answers = carried_by(model)
+    for row, radius in REACHES.items():
+        answers[row] = partial(answers_at, untrained(model, radius))
+    answers["sparse recursion"] = lambda test, offset: recursive_at(model, test, offset // 2, 2)
+    answers["FGFA, 5 frames"] = lambda test, offset: aggregated(model, test, offset + 1)
     tests = {
         f"{speed} px": clips("test", 96, frames=5, speed=(speed, speed)).to(device)
         for speed in SPEEDS
