@@ -1,6 +1,6 @@
 """Experiments of chapter 11: every mechanism of the course on one task, at one budget.
 
-Each function trains small models and returns `{row: {metric: value}}` for one seed;
+Each table's function trains small models and returns `{row: {metric: value}}` for one seed;
 `attnlab results` runs it over several seeds and writes `results/11_capstone.NAME.json`.
 
 What all rows share: 64-pixel `scenes` with one object, 8×8 places before the classifier, AdamW with
@@ -25,7 +25,7 @@ from attnlab.channel import SelectiveKernel, SqueezeExcite
 from attnlab.context import BaseObjectContext, ChannelSelfAttention, PositionAttention
 from attnlab.dependency_trace import dependency_saliency
 from attnlab.dependencyvit import DependencyViT, dependencyvit_mini
-from attnlab.lab import cost, data, gradcam, metrics, train
+from attnlab.lab import cost, data, gradcam, metrics, plots, train
 from attnlab.lab.data import Samples
 from attnlab.lab.experiments.ch04 import noisy, occluded
 from attnlab.lab.experiments.ch05_sparse import OnGrid
@@ -329,3 +329,72 @@ def short(seed: int, device, rows: Sequence[str] = tuple(MECHANISMS)) -> dict:
         accuracy = train.accuracy(model, test, device=device)
         found[row] = {"accuracy": accuracy} | witness(model, test, device)
     return found
+
+
+# ---- The figure ---------------------------------------------------------------------------------
+
+KINDS = {
+    "none": ("none",),
+    "gates": ("squeeze-and-excitation", "selective kernels", "CBAM"),
+    "one block, pairs of places": (
+        "non-local", "DANet's two", "object context", "criss-cross", "CGNL",
+    ),
+    "pooling": ("attention pooling", "PatchConvNet"),
+    "transformers": (
+        "ViT, class token", "ViT, mean", "ViT, mean, 3×3", "DependencyViT", "SPFormer",
+    ),
+}  # fmt: skip
+
+
+def overview(table: dict, title: str | None = None):
+    """Accuracy, robustness, localization and cost: a line a mechanism, the most accurate on top.
+
+    Args:
+        table: what `lab.results.load("11_capstone.mechanisms")` gave.
+
+    Returns:
+        The four axes.
+    """
+    import matplotlib.pyplot as plt
+
+    rows = table["rows"]
+    names = sorted(MECHANISMS, key=lambda name: rows[name]["accuracy"]["mean"])
+    with plots.style():
+        shape = {"figsize": (12.5, 5.6), "sharey": True, "width_ratios": (3, 2.6, 3, 2.4)}
+        figure, axes = plt.subplots(1, 4, **shape)
+    right, kept, found, work = axes
+    for (kind, members), marker, place in zip(KINDS.items(), "XsoD^", (6, 0, 1, 2, 3), strict=True):
+        look = {"color": plots.COLORS[place], "fmt": marker}
+        for name in members:
+            y, row = names.index(name), rows[name]
+            for ax, metric, face in (
+                (right, "accuracy", None), (found, "pointing", None), (found, "own pointing", "w"),
+            ):  # fmt: skip
+                if metric in row:
+                    mean, std = row[metric]["mean"], row[metric]["std"]
+                    label = kind if face is None else None
+                    ax.errorbar(mean, y, xerr=std, mfc=face, ms=7, label=label, **look)
+            macs, size = row["million MACs"]["mean"], row["thousand parameters"]["mean"]
+            work.barh(y, macs, color=plots.COLORS[place], alpha=0.4)
+            work.text(0.2, y, f"{macs:.1f} M, {size:.0f} k", va="center", fontsize=9)
+    for spoiled, marker, place in zip(tuple(SPOILED)[1:], "ovP", (4, 5, 6), strict=True):
+        shares = [rows[name][spoiled]["mean"] / rows[name]["accuracy"]["mean"] for name in names]
+        look = {"color": plots.COLORS[place], "label": spoiled}
+        kept.plot(shares, range(len(names)), marker, **look)
+    plain = rows["none"]["accuracy"]
+    right.axvspan(plain["mean"] - plain["std"], plain["mean"] + plain["std"], color="0.9", zorder=0)
+    for name, line in (("uniform map", "--"), ("color contrast", ":")):
+        found.axvline(rows[name]["pointing"]["mean"], color="0.4", ls=line, label=name)
+    right.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.7, len(names) - 0.3))
+    right.set(title="accuracy (grey: none ± spread)", xlabel="share right; chance 0.125")
+    kept.set(title="robustness", xlabel="share of the accuracy that is kept")
+    found.set(title="localization (hollow: own map)", xlabel="highest point on the thing")
+    work.set(title="cost (k: parameters)", xlabel="million multiply-adds")
+    lines = {}
+    for ax in axes:
+        ax.grid(axis="y", color="0.92")
+        ax.set_axisbelow(True)
+        lines |= {name: line for line, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=5)
+    figure.suptitle(title)
+    return axes
