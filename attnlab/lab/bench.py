@@ -1,7 +1,8 @@
 """`attnlab bench`: times every mechanism and model, and says what of the targets is met.
 
 Forms and peers of a row take turns, over a grid of sizes, forward and with backward; ratios are
-within one run. Memory is measured at one size, each form in a process of its own, in eager mode.
+within one run. Memory, of "explicit" and "auto", is measured at one size, each in a process of its
+own, in eager mode.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from attnlab.lab.bench_rows import ROWS
 from attnlab.lab.files import repo_root, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TURNS = {"least": 5, "most": 100, "budget": 1.0}  # rounds and seconds, a row, size and mode
+TURNS = {"least": 3, "most": 100, "budget": 0.7}  # rounds and seconds, a row, size and mode
+COMPARED = ("explicit", "auto")  # in memory
 QUICK = {"least": 2, "most": 5, "budget": 0.0}
 
 
@@ -83,16 +85,17 @@ def time_row(name: str, size: int, training: bool, turns: dict, *place) -> dict:
 
 
 def memory_row(name: str, device: str, dtype: str) -> dict:
-    """Bytes beyond the inputs of each form, with backward, at the largest size that fits all."""
+    """Bytes beyond the inputs of "explicit" and "auto", with backward where the row has it, at the
+    largest size that has room for both."""
     row = ROWS[name]
-    size, training = min(row.sizes[-1], *row.most.values(), math.inf), row.backward
+    size = min(row.sizes[-1], row.most.get("explicit", math.inf))
 
     def taken(form: str) -> int:
-        small, large = ((name, at, form, training, device, dtype, False)
+        small, large = ((name, at, form, row.backward, device, dtype, False)
                         for at in (row.sizes[0], size))  # fmt: skip
         return alone(extra_memory, make_step, device, torch.get_num_threads(), small, *large)
 
-    return {"row": name, "size": size, "bytes": {form: taken(form) for form in fitting(name, size)}}
+    return {"row": name, "size": size, "bytes": {form: taken(form) for form in COMPARED}}
 
 
 def run(
@@ -118,7 +121,7 @@ def run(
                     torch.compiler.reset()
                     turns = QUICK if quick else TURNS
                     times.append(time_row(name, size, training, turns, device, dtype, compiled))
-            if not (quick or compiled or sys.platform == "win32"):
+            if "explicit" in row.forms and not (quick or compiled or sys.platform == "win32"):
                 memory.append(memory_row(name, device, dtype))
         except (RuntimeError, NotImplementedError, ImportError) as error:
             errors[name] = str(error).partition("\n")[0]

@@ -64,7 +64,7 @@ def attention(N: int, form: str) -> Case:
 
 
 def multi_head(N: int, form: str) -> Case:
-    ours, x = perturbed(MultiHeadAttention(CHANNELS, HEADS)), torch.randn(2, N, CHANNELS)
+    ours, x = perturbed(MultiHeadAttention(CHANNELS, HEADS)), torch.randn(1, N, CHANNELS)
     if form == "torch":
         theirs = nn.MultiheadAttention(CHANNELS, HEADS, batch_first=True)
         theirs.load_state_dict({
@@ -95,7 +95,7 @@ def non_local_block(N: int, form: str) -> Case:
 
 def squeeze_excite(N: int, form: str) -> Case:
     ours, theirs = SqueezeExcite(CHANNELS), SEModule(CHANNELS, rd_divisor=1)
-    return shared(ours, theirs, form, "timm", feature_map(N, batch=4))
+    return shared(ours, theirs, form, "timm", feature_map(N, batch=2))
 
 
 def selective_kernel(N: int, form: str) -> Case:
@@ -105,7 +105,7 @@ def selective_kernel(N: int, form: str) -> Case:
 
 def cbam(N: int, form: str) -> Case:
     ours, theirs = CBAM(CHANNELS, mlp_bias=False), CbamModule(CHANNELS)
-    return shared(ours, theirs, form, "timm", feature_map(N, batch=4))
+    return shared(ours, theirs, form, "timm", feature_map(N, batch=2))
 
 
 # Context
@@ -146,7 +146,7 @@ def cgnl_block(N: int, form: str) -> Case:
 
 
 def warping(N: int, form: str) -> Case:
-    features, flow = feature_map(N, CHANNELS, 2), 2 * feature_map(N, 2, 2)
+    features, flow = feature_map(N), 2 * feature_map(N, 2)
     H, W = features.shape[2:]
 
     def sampled(features: Tensor, flow: Tensor) -> Tensor:

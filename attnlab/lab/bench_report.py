@@ -108,8 +108,6 @@ def _auto_over_others(record: dict) -> list[str | None]:
 
 def _memory_over_explicit(record: dict) -> list[str | None]:
     taken = record["bytes"]
-    if "explicit" not in taken:
-        return []
     if taken["auto"] <= TOLERANCE * taken["explicit"] + ROUNDING:
         return [None]
     ratio = taken["auto"] / max(taken["explicit"], 1)
