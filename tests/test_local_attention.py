@@ -151,6 +151,50 @@ def test_special_windows(impl, device):
     torch.testing.assert_close(everywhere, masked_attention(q, k, v, 99))
 
 
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """How many queries each call of PyTorch's kernel had."""
+    calls, kernel = [], F.scaled_dot_product_attention
+
+    def spy(query, *args, **options):
+        calls.append(query.shape[:-1].numel())
+        return kernel(query, *args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("radius", "channels", "trains", "loop"),
+    [(2, 128, False, True), (3, 4, False, False), (1, 129, False, True), (2, 129, False, False),
+     (1, 128, True, True), (2, 4, True, False), (0, 129, True, True), (1, 129, True, False)],
+)  # fmt: skip
+def test_auto_takes_the_loop_for_small_windows_only(
+    radius, channels, trains, loop, kernel_calls, device
+):
+    q, k, v = maps(1, 2, channels, 3, 4, device)
+    out = local_attention_warp(q, k, v.requires_grad_(trains), radius)
+    assert len(kernel_calls) == (0 if loop and device.type == "cpu" else 1)
+    torch.testing.assert_close(out, local_attention_warp(q, k, v, radius, impl="unfold"))
+    with torch.no_grad():  # then it does not matter what could be trained
+        kernel_calls.clear()
+        local_attention_warp(q, k, v, radius)
+    small = radius + (channels > 128) <= 2
+    assert len(kernel_calls) == (0 if small and device.type == "cpu" else 1)
+
+
+def test_rows_of_tiles_go_one_by_one_where_nothing_is_trained(kernel_calls, device):
+    q, k, v = maps(2, 3, 2, 20, 11, device)
+    with torch.no_grad():
+        in_turn = local_attention_warp(q, k, v, 3, impl="fused")
+    row = 2 * 2 * 64  # two images, two tiles of 64 queries
+    assert kernel_calls == ([row] * 3 if device.type == "cpu" else [3 * row])
+    kernel_calls.clear()
+    at_once = local_attention_warp(q, k.requires_grad_(), v, 3, impl="fused")
+    assert kernel_calls == [3 * row]
+    torch.testing.assert_close(in_turn, at_once.detach())
+
+
 def test_shifting_both_frames_shifts_the_result():
     q, k, v = maps(1, 3, 2, 12, 12)
     moved = [x.roll((2, 1), (2, 3)) for x in (q, k, v)]

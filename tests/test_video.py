@@ -460,6 +460,24 @@ def test_key_frames_are_adaptive_and_updates_partial(device):
     assert model.n_backbone == sum(keys)
 
 
+def test_an_empty_update_runs_neither_backbone_nor_aggregator(device):
+    model = recursive(threshold=-math.inf).to(device).eval()
+    battery.randomize(model)
+    first, second = video(2, device)
+    model.step(first)
+    calls = []
+    for part in (model.backbone, model.aggregator):
+        part.register_forward_hook(lambda *_: calls.append(1))
+    model.step(second)
+    assert not calls
+    moved = model.last_features
+    same = model.aggregator(torch.stack([moved, moved], 1), moved)
+    torch.testing.assert_close(moved, same, msg="which is what merging it with itself gives")
+    model.threshold = math.inf
+    model.step(second, is_key=False)
+    assert len(calls) == 3, "the call above, and both parts"
+
+
 def test_recursion_at_a_fixed_interval(device):
     model = recursive(interval=2, partial_updates=False).to(device).eval()
     battery.randomize(model)
