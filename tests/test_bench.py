@@ -2,6 +2,8 @@
 
 import json
 import math
+import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -88,10 +90,10 @@ def made_up(**changes) -> dict:
         for N in (256, 1024, 4096):
             fast = factor * 1e-9 * N**2
             taken = {"explicit": 4 * fast, "blockwise": 2 * fast, "fused": fast, "auto": fast}
-            times.append({"row": "attention", "mode": mode, "size": N, "rounds": 5, "load": 0.1,
+            times.append({"row": "attention", "mode": mode, "size": N, "calls": {}, "load": 0.1,
                           "median": taken, "min": dict(taken)})  # fmt: skip
             taken = {"auto": factor * 1e-7 * N, "timm": factor * 1.25e-7 * N}
-            times.append({"row": "se", "mode": mode, "size": N, "rounds": 5, "load": None,
+            times.append({"row": "se", "mode": mode, "size": N, "calls": {}, "load": None,
                           "median": taken, "min": dict(taken)})  # fmt: skip
     results = {
         "machine": {"name": "m", "cpu": "A CPU", "threads": 2, "device": "cpu", "torch": "2.9"},
@@ -253,16 +255,39 @@ def test_readme_holds_what_the_committed_results_say(tmp_path):
 # Measuring
 
 
-def test_steps_take_turns():
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The seconds of a clock that only steps move."""
+    now = [0.0]
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(bench_measure, "time", clock)
+    return now
+
+
+def test_steps_take_turns(clock):
     calls = []
-    steps = {name: lambda name=name: calls.append(name) for name in "abc"}
+
+    def step(name: str, seconds: float) -> None:
+        calls.append(name)
+        clock[0] += seconds
+
+    steps = {name: partial(step, name, duration) for duration, name in enumerate("abc", start=1)}
     times = bench_measure.take_turns(steps, least=4)
-    assert {name: len(taken) for name, taken in times.items()} == {"a": 4, "b": 4, "c": 4}
+    assert times == {"a": [1] * 4, "b": [2] * 4, "c": [3] * 4}
     rounds = [calls[i : i + 3] for i in range(0, 15, 3)]  # the first is not counted
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
     assert len({tuple(each) for each in rounds}) > 1
-    few = bench_measure.take_turns(steps, least=2, most=7, budget=60)
-    assert len(few["a"]) == 7
+    assert len(bench_measure.take_turns(steps, least=1, budget=13)["a"]) == 3  # 6 seconds a round
+
+
+def test_the_first_call_of_several_in_a_turn_is_not_counted(clock):
+    def step(durations: list[float]) -> None:
+        clock[0] += durations.pop(0)
+
+    cold_and_warm = [9, 3, 1, 1, 3, 1, 1]  # a round before the first, then two turns
+    steps = {"slow": partial(step, [7, 6, 6]), "fast": partial(step, cold_and_warm)}
+    times = bench_measure.take_turns(steps, least=2, row=4.5)
+    assert times == {"slow": [6, 6], "fast": [1, 1, 1, 1]}
 
 
 def test_memory_is_that_of_a_fresh_process(device):
@@ -289,7 +314,7 @@ def test_a_quick_run_of_two_rows(device, tmp_path, capsys):
     ]  # fmt: skip
     record = results["times"][0]
     assert set(record["median"]) == set(record["min"]) == {"auto", "torch"}
-    assert record["rounds"] >= 2
+    assert record["calls"] == {"auto": 2, "torch": 2}
     assert 0 < record["min"]["auto"] <= record["median"]["auto"]
     assert results["errors"] == {}
     assert [check["compared"] for check in results["checks"]] == [2 * 2, 0, 1, 0]

@@ -35,32 +35,39 @@ def machine(name: str, device: str) -> dict[str, str | int]:
 
 
 def take_turns(
-    steps: Mapping[str, Callable],
-    *,
-    least: int = 1,
-    most: int | None = None,
-    budget: float = 0.0,
+    steps: Mapping[str, Callable], *, least: int = 1, budget: float = 0.0, row: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of each step in each round; a round runs each step once, in an order drawn anew.
+    """Seconds of each call of each step, over rounds in which they take turns, in an order drawn
+    anew for each.
 
-    One round before the first is not counted. At least `least` rounds are run, then more until
-    `budget` seconds are spent, but no more than `most`.
+    Right after a step that filled the caches another is slow, up to three times. So a turn lasts
+    `row` seconds, and of several calls in it the first is not counted; nor is the first round.
+
+    Args:
+        least: number of rounds to run, whatever they take.
+        budget: seconds in which further rounds are begun.
+        row: seconds of a turn; 0 is one call.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
     order, shuffle = list(steps), random.Random(0).shuffle
     started, rounds = time.perf_counter(), 0
-    while rounds < least or (
-        time.perf_counter() - started < budget and (most is None or rounds < most)
-    ):
+    while rounds < least or time.perf_counter() - started < budget:
         shuffle(order)
         for name in order:
-            start = time.perf_counter()
-            steps[name]()
-            times[name].append(time.perf_counter() - start)
+            taken = [_duration(steps[name])]
+            while sum(taken) < row:
+                taken.append(_duration(steps[name]))
+            times[name] += taken[1:] or taken
         rounds += 1
     return times
+
+
+def _duration(step: Callable) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 def seconds(steps: Mapping[str, Callable], repeats: int) -> dict[str, float]:
