@@ -26,7 +26,7 @@ class Row(NamedTuple):
         peers: others'.
         theory: p, where time grows as Nᵖ.
         bare: the operator alone, whose growth is held against theory; a block has projections too.
-        most: the largest size of a form that would need too much room beyond it.
+        most: the largest size of a form that would need too much room or time beyond it.
         backward: whether it is timed with backward too.
         same: whether peers compute the same.
         why: one line, where a peer is faster.
@@ -51,6 +51,7 @@ OURS = ("explicit", "fused", "auto")
 BLOCKS = ("explicit", "blocks", "auto")
 TWO = ("explicit", "auto")
 ROOM = {"explicit": 4096}  # N×N float32 of four heads: 256 MiB
+BY_QUERY = ROOM | {"blocks": 4096}  # a block a query: 49 copies of each key
 
 # Theory is that of the operator; a block, with its projections, comes to it once N is large.
 _block = partial(Row, bare=False)
@@ -69,8 +70,8 @@ ROWS = {  # what --only takes: the row
     "object-context": _block(c.object_context, SIZES, OURS, theory=2),
     "window": Row(patterns.window, LINEAR, BLOCKS, theory=1, most=ROOM),
     "window-block": _block(patterns.window_block, LINEAR, TWO, ("timm",), theory=1),
-    "neighborhood": Row(patterns.neighborhood, LINEAR, BLOCKS, theory=1, most=ROOM),
-    "dilated": Row(patterns.dilated, LINEAR, BLOCKS, theory=1, most=ROOM),
+    "neighborhood": Row(patterns.neighborhood, LINEAR, BLOCKS, theory=1, most=BY_QUERY),
+    "dilated": Row(patterns.dilated, LINEAR, BLOCKS, theory=1, most=BY_QUERY),
     "axial": Row(patterns.axial, LINEAR, BLOCKS, theory=1.5, most=ROOM),
     "criss-cross": Row(patterns.criss_cross, LINEAR, TWO, theory=1.5, most=ROOM),
     "interlaced": Row(
