@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     video.add_argument("--model", default="clip_segmenter", help="a checkpoint's name or path")
     video.add_argument("--size", type=int, default=64, help="px of the side that the model sees")
     commands.add_parser("train", add_help=False, help="train a model on ImageNet or bundled data")
+    commands.add_parser("evaluate", add_help=False, help="measure a checkpoint or a trained run")
+    commands.add_parser("predict", add_help=False, help="draw what a model sees in an image")
     commands.add_parser("bench", add_help=False, help="time every mechanism against its peers")
     chosen, others = parser.parse_known_args(arguments)
     if chosen.command == "lab":
@@ -60,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lab.error(str(error))
     if chosen.command == "train":
         return train(others)
+    if chosen.command == "evaluate":
+        return evaluate(others)
+    if chosen.command == "predict":
+        return predict(others)
     if chosen.command == "bench":
         return bench(others)
     if others:
@@ -90,6 +96,20 @@ def train(arguments: Sequence[str]) -> int:
     from attnlab.lab import train_command
 
     return train_command.main(arguments)
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Measure a trained model; its arguments are those of `attnlab.lab.evaluate`."""
+    from attnlab.lab import evaluate
+
+    return evaluate.main(arguments)
+
+
+def predict(arguments: Sequence[str]) -> int:
+    """Draw what a model says of an image; its arguments are those of `attnlab.lab.predict`."""
+    from attnlab.lab import predict
+
+    return predict.main(arguments)
 
 
 def bench(arguments: Sequence[str]) -> int:
