@@ -4,19 +4,27 @@
 
 Prints Markdown tables of ratios within this run, and writes benchmarks/results/video-NAME.json.
 All forms of local attention have the same inputs, and their outputs are compared before the clock
-starts. The formula's ratio is put together from parts that are measured in the same rounds as the
-streams it is compared with. Run it on a quiet machine.
+starts. Each is called in a row with itself, and the first call of a row is not counted: what comes
+right after `F.unfold`, which fills the caches, would be slow for it. The formula's ratio is put
+together from parts that are measured in the same rounds as the streams it is compared with. Run it
+on a quiet machine.
 """
+
+import statistics
 
 import torch
 from _common import alone, arguments, extra_memory, seconds, table, write
 from torch import nn
 
+from attnlab.lab.bench_measure import take_turns
 from attnlab.resnet import resnet50
 from attnlab.video import DeepFeatureFlow, FlowNet, dff_speedup, local_attention_warp, warp
 
-FORMS = {"shift loop": "explicit", "unfold": "unfold", "tiles": "fused"}
+FORMS = {"shift loop": "explicit", "unfold": "unfold", "tiles": "fused", "auto": "auto"}
+COMPARED = ("shift loop", "unfold", "tiles")  # at the radius below, with memory
 RADIUS = 4
+RADII = (1, 2, 3, 4, 6)  # where auto has to choose between the loop and tiles
+ROW = 0.05  # seconds for which a form is called again and again
 INTERVALS = (2, 5, 10)
 CHANNELS = 2048  # of ResNet-50's last map
 
@@ -28,7 +36,9 @@ def maps(channels: int, side: int, device: str) -> list[torch.Tensor]:
     return [torch.randn(shape, device=device, requires_grad=True) for _ in range(3)]
 
 
-def attention_step(form: str, channels: int, side: int, device: str, backward: bool = True):
+def attention_step(
+    form: str, channels: int, side: int, device: str, backward: bool = True, radius: int = RADIUS
+):
     """A callable that runs one local attention, forward, or forward and backward."""
     given = maps(channels, side, device)
 
@@ -36,7 +46,7 @@ def attention_step(form: str, channels: int, side: int, device: str, backward: b
         for x in given:
             x.grad = None
         with torch.set_grad_enabled(backward):
-            out = local_attention_warp(*given, RADIUS, impl=FORMS[form])
+            out = local_attention_warp(*given, radius, impl=FORMS[form])
         if backward:
             out.sum().backward()
         if device == "cuda":
@@ -45,22 +55,29 @@ def attention_step(form: str, channels: int, side: int, device: str, backward: b
     return step
 
 
+def medians(forms: tuple[str, ...], repeats: int, *options) -> dict[str, float]:
+    """Median seconds of a call of each form; `options` as in `attention_step`."""
+    steps = {form: attention_step(form, *options) for form in forms}
+    times = take_turns(steps, least=repeats, row=ROW)
+    return {form: statistics.median(values) for form, values in times.items()}
+
+
 def compare_forms(channels: int, side: int, repeats: int, args) -> dict:
     """Times and memory of each form, and how much better tiles are."""
     given = [x.detach() for x in maps(channels, side, args.device)]
-    outputs = {form: local_attention_warp(*given, RADIUS, impl=FORMS[form]) for form in FORMS}
+    outputs = {form: local_attention_warp(*given, RADIUS, impl=FORMS[form]) for form in COMPARED}
     for out in outputs.values():
         torch.testing.assert_close(out, outputs["unfold"], atol=1e-4, rtol=1e-4)
     del outputs
     place = (channels, side, args.device)
-    forward = seconds({form: attention_step(form, *place, False) for form in FORMS}, repeats)
-    both = seconds({form: attention_step(form, *place) for form in FORMS}, repeats)
+    forward = medians(COMPARED, repeats, *place, False)
+    both = medians(COMPARED, repeats, *place)
     extra = {
         form: alone(
             extra_memory, attention_step, args.device, args.threads, (form, 8, 16, args.device),
             form, *place,
         )
-        for form in FORMS
+        for form in COMPARED
     }  # fmt: skip
     return {
         "forward_seconds": forward,
@@ -75,6 +92,24 @@ def compare_forms(channels: int, side: int, repeats: int, args) -> dict:
             for form in ("shift loop", "unfold")
         },
     }
+
+
+def sweep_radius(channels: int, side: int, repeats: int, device: str) -> dict:
+    """Seconds of the loop, of tiles and of auto: `{radius: {"forward": {form: seconds}, …}}`."""
+    forms = ("shift loop", "tiles", "auto")
+    return {
+        radius: {
+            "forward": medians(forms, repeats, channels, side, device, False, radius),
+            "forward_backward": medians(forms, repeats, channels, side, device, True, radius),
+        }
+        for radius in RADII
+    }
+
+
+def choice(times: dict[str, float]) -> tuple[str, str]:
+    """The loop's time over that of tiles, and auto's over the shorter, for the table."""
+    loop, tiles, auto = times["shift loop"], times["tiles"], times["auto"]
+    return f"{loop / tiles:.2f}×", f"{auto / min(loop, tiles):.2f}"
 
 
 def stream_step(model: DeepFeatureFlow, frames: list[torch.Tensor], interval: int):
@@ -157,6 +192,14 @@ def main() -> None:
         for channels, result in attention.items() for form, row in result["tiles_over"].items()
     ]))  # fmt: skip
 
+    sweep = {channels: sweep_radius(channels, side, repeats, args.device) for channels in widths}
+    print("\nThe shift loop over tiles, in time, and auto over the faster of the two\n")
+    parts = ("forward", "forward_backward")
+    print(table(["C", "radius", "forward", "auto", "forward + backward", "auto"], [
+        [channels, radius, *(text for part in parts for text in choice(times[part]))]
+        for channels, by_radius in sweep.items() for radius, times in by_radius.items()
+    ]))  # fmt: skip
+
     flow = compare_speedup(image, repeats, args.device)
     print(f"\nDeep Feature Flow, ResNet-50 at stride 16, {image} px, r = {flow['ratio']:.3f}\n")
     print(table(["key frame every", "measured", "formula", "measured / formula"], [
@@ -164,7 +207,8 @@ def main() -> None:
          f"{row['measured'] / row['formula']:.2f}"]
         for interval, row in flow["speedup"].items()
     ]))  # fmt: skip
-    write("video", args, {"local_attention": attention, "deep_feature_flow": flow})
+    results = {"local_attention": attention, "radius_sweep": sweep, "deep_feature_flow": flow}
+    write("video", args, results)
 
 
 if __name__ == "__main__":
