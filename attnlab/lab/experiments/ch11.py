@@ -378,16 +378,16 @@ def overview(table: dict, title: str | None = None):
             work.barh(y, macs, color=plots.COLORS[place], alpha=0.4)
             work.text(0.2, y, f"{macs:.1f} M, {size:.0f} k", va="center", fontsize=9)
     for spoiled, marker, place in zip(tuple(SPOILED)[1:], "ovP", (4, 5, 6), strict=True):
-        shares = [rows[name][spoiled]["mean"] / rows[name]["accuracy"]["mean"] for name in names]
-        look = {"color": plots.COLORS[place], "label": spoiled}
-        kept.plot(shares, range(len(names)), marker, **look)
+        left, whole = ([rows[n][m]["mean"] - 1 / 8 for n in names] for m in (spoiled, "accuracy"))
+        shares = [a / b for a, b in zip(left, whole, strict=True)]
+        kept.plot(shares, range(len(names)), marker, color=plots.COLORS[place], label=spoiled)
     plain = rows["none"]["accuracy"]
     right.axvspan(plain["mean"] - plain["std"], plain["mean"] + plain["std"], color="0.9", zorder=0)
     for name, line in (("uniform map", "--"), ("color contrast", ":")):
         found.axvline(rows[name]["pointing"]["mean"], color="0.4", ls=line, label=name)
     right.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.7, len(names) - 0.3))
     right.set(title="accuracy (grey: none ± spread)", xlabel="share right; chance 0.125")
-    kept.set(title="robustness", xlabel="share of the accuracy that is kept")
+    kept.set(title="robustness", xlabel="kept of what lies above chance")
     found.set(title="localization (hollow: own map)", xlabel="highest point on the thing")
     work.set(title="cost (k: parameters)", xlabel="million multiply-adds")
     lines = {}
