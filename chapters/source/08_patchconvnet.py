@@ -189,8 +189,8 @@ lab.claim("half of the weight is shared by at most four of 64 places, in most of
 #
 # $$T \leftarrow T + \gamma \circ W_2\, \mathrm{SE}\big(\mathrm{GELU}(\mathrm{DW}_{3\times3}(\mathrm{GELU}(W_1\, \mathrm{LN}(T))))\big)$$
 #
-# with 1×1 convolutions $W_1, W_2$ $(d \to d)$, a depthwise 3×3 convolution DW, and chapter 03's
-# squeeze-and-excitation. Then the pooling. $X$ are the $N = hw$ places, $x_n \in \mathbb{R}^d$:
+# with 1×1 convolutions $W_1, W_2$ $(d \to d)$, a depthwise 3×3 convolution DW, chapter 03's
+# squeeze-and-excitation SE, and $\gamma \circ$: each channel times a number of its own. Then the pooling. $X$ are the $N = hw$ places, $x_n \in \mathbb{R}^d$:
 #
 # $$z = \mathrm{LN}([c;\, x_1, \dots, x_N]), \qquad
 # a = \operatorname{softmax}_n\Big(\frac{(W_q z_0) \cdot (W_k z_n)}{\sqrt d}\Big), \qquad
