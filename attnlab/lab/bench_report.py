@@ -143,12 +143,16 @@ def _line(results: dict, name: str) -> list[str]:
     return [
         name,
         "" if largest is None else f"{largest:,}{unit}",
-        *(f"{faster[mode]:.1f}×" if mode in faster else "" for mode in MODES),
+        *(_times(faster[mode]) if mode in faster else "" for mode in MODES),
         "" if memory is None else f"{memory:.2g}",
         ", ".join(peers),
         *("" if (p := exponent(results, name, mode)) is None else f"{p:.2f}" for mode in MODES),
         "" if row.theory is None else f"{row.theory:g}{'' if row.bare else ' at large N'}",
     ]
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}×" if ratio >= 100 else f"{ratio:.1f}×"
 
 
 def grid(results: dict) -> str:

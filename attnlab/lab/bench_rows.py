@@ -77,7 +77,7 @@ ROWS = {  # what --only takes: the row
     "interlaced": Row(
         patterns.interlaced, (256, 1296, 4096, 10000), BLOCKS, theory=1.5, most=ROOM
     ),
-    "cgnl": Row(c.cgnl, (64, *LINEAR[1:]), OURS, theory=1, most={"explicit": 64}),
+    "cgnl": Row(c.cgnl, (16, 64, *LINEAR[1:]), OURS, theory=1, most={"explicit": 64}),
     "cgnl-block": _block(c.cgnl_block, SIZES, peers=("non-local",), theory=1, same=False),
     "warp": Row(c.warping, LINEAR, peers=("torch",), theory=1),
     "local": Row(
