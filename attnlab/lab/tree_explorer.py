@@ -142,7 +142,8 @@ def draw_tree(
     with plots.style():
         ax = ax or plt.subplots(figsize=(3.2, 3.4))[1]
     rows, cols = grid
-    ax.imshow(image.permute(1, 2, 0).numpy(), extent=(-0.5, cols - 0.5, rows - 0.5, -0.5))
+    extent = (-0.5, cols - 0.5, rows - 0.5, -0.5)
+    ax.imshow(image.permute(1, 2, 0).numpy(), extent=extent, interpolation="nearest")
     ax.set(title=title, xticks=[], yticks=[], xlim=(-0.5, cols - 0.5), ylim=(rows - 0.5, -0.5))
     path = [] if token is None else tree.path(token)
     below = [] if token is None else tree.subtree(token)
