@@ -253,7 +253,7 @@ def attend_unfold(query, key, value, radius):
 # %% [markdown] slideshow={"slide_type": "subslide"}
 # **Then the library's**: `warp` is `F.grid_sample`; `local_attention_warp` cuts the map into tiles of 8×8
 # queries, gives each the keys of its tile and a halo of $R$ around it, and calls PyTorch's attention
-# kernel. All three, in values and in gradients:
+# kernel (for the smallest windows it goes through the displacements instead, which is faster there). All three, in values and in gradients:
 
 
 # %% slideshow={"slide_type": "fragment"}
@@ -535,28 +535,25 @@ lab.claim(
 #
 # **Before you look:** here all things move at one speed, and the key frame is four frames old. Attention is not
 # trained at all (the cosine of the shallow features as they are, $\tau = 0.07$). At which speed must the
-# window of $R = 2$ fail, and at which that of $R = 4$? And what will attention to the whole map do?
-
-# %% slideshow={"slide_type": "fragment"}
-lab.results.show("07_video.speeds")
+# window of $R = 2$ fail, and at which that of $R = 4$? And what will attention to the whole map do? (Means of three
+# seeds, `attnlab results 07_video.speeds`; the picture, with every way there is, comes in section 10.)
 
 # %% slideshow={"slide_type": "fragment"}
 rows = lab.results.load("07_video.speeds")["rows"]
 by_speed = {
-    row: [rows[row][f"{speed} px"]["mean"] for speed in ch07.SPEEDS] for row in ch07.SPEED_ROWS
+    row: [scores[f"{speed} px"]["mean"] for speed in ch07.SPEEDS] for row, scores in rows.items()
 }
-ax = plots.curve(
-    ch07.SPEEDS, by_speed, xlabel="speed (px a frame)", ylabel="mIoU, four frames after the key",
-    title="windows end at 2 px a frame (R = 2) and 4 px (R = 4)", size=3.6,
-)  # fmt: skip
-for radius, style in ((2, ":"), (4, "--")):
-    ax.axvline(radius * 4 / 4, linestyle=style, color="gray")
-ax.legend(fontsize=7)
-plt.show()
+print(f"{'mIoU at px a frame:':26s}" + "".join(f"{speed:7d}" for speed in ch07.SPEEDS))
+near, everywhere = ch07.REACHES
+for row in ("every frame", "stale copy", "exact flow", near, "cosine attention", everywhere):
+    label = f"{row}, R = 4" if row == "cosine attention" else row
+    print(f"{label:26s}" + "".join(f"{score:7.3f}" for score in by_speed[row]))
+
+# %% slideshow={"slide_type": "fragment"}
 lab.claim("R = 2 fails at 4 px a frame, which is 16 px in four frames",
           by_speed["cosine attention, R = 2"][2] - by_speed["cosine attention, R = 2"][3], above=0.1)  # fmt: skip
 lab.claim("R = 4 fails at 6 px a frame, 24 px",
-          by_speed["cosine attention, R = 4"][3] - by_speed["cosine attention, R = 4"][4], above=0.08)  # fmt: skip
+          by_speed["cosine attention"][3] - by_speed["cosine attention"][4], above=0.08)  # fmt: skip
 lab.claim("attention to the whole map does not", min(by_speed["cosine attention, full"]), above=0.6)
 lab.claim(
     "at rest, copying is better than exact flow",
@@ -740,6 +737,9 @@ lab.claim("with it, nine frames gain less than 0.01 at best", best, below=0.01)
 # and in a scene that stands still the oldest of $n$ key frames counts $2^{-(n-1)}$. The rest of the paper is about
 # spending where it matters: a field $Q$ beside the flow says where the warp is bad, features are
 # computed anew there ($Q$ below a threshold), and where that is too much of the frame, it becomes a key frame.
+# In the paper a partial update saves time within the backbone, each of whose layers is computed only where it is needed, from
+# the partly updated layer below. Our backbone is any module and runs as a whole, so that here a partial update saves nothing,
+# and only its share of cells is counted.
 
 # %% slideshow={"slide_type": "fragment"}
 flow_net = model.carriers["learned flow"].flow_net
@@ -821,10 +821,11 @@ lab.claim("copying windows takes over five times what one displacement after ano
 lab.claim("and over twice what tiles take", held["unfold"] / held["fused"], above=2)
 
 # %% [markdown] slideshow={"slide_type": "subslide"}
-# **Accuracy against cost.** Each line is one way to carry features, with a key frame every 1, 2, 4 or 8 frames
-# (from right to left). Accuracy is what a video gets: the mean over the frames between two key frames (three
-# seeds, `attnlab results 07_video.intervals`). **Before you look:** which point would you take at a third of
-# the cost?
+# **Accuracy, motion and cost in one picture.** On the left, things move at one speed, and the key frame is four frames old
+# (`attnlab results 07_video.speeds`; the recursion has a second key frame in between, and FGFA sees all five). On the
+# right, a key frame every 1, 2, 4 or 8 frames (from right to left) against the cost that was counted above;
+# accuracy is what a video gets, the mean over the frames between two key frames (`attnlab results 07_video.intervals`).
+# Three seeds each. **Before you look:** which point would you take at a third of the cost? And up to which speed?
 
 # %% slideshow={"slide_type": "fragment"}
 rows = lab.results.load("07_video.intervals")["rows"]
@@ -832,25 +833,55 @@ matched = parts["shallow"] + parts["head"] + cells * (L * D + 4 * C) / full
 r_of = {**ratios, "exact flow": parts["head"], "matched flow": matched,
         "cosine attention": ratios["local attention"] - cells * D * D / full}  # fmt: skip
 r_of["sparse recursion"] = r_flow = ratios["learned flow"]
+costs = {"every frame": [1], "FGFA, 5 frames": [1 + 4 * (r_flow - parts["head"])]}
+for name, r in r_of.items():
+    at_keys = r if name == "sparse recursion" else 0  # which runs the flow network there too
+    steps = [int(metric[4:]) for metric in rows[name]]  # of "l = 8"
+    costs[name] = [1 / video.dff_speedup(l, r) + at_keys / l for l in steps]
+scores = {name: [score["mean"] for score in rows[name].values()][: len(costs[name])]
+          for name in costs}  # fmt: skip
+
+# %% slideshow={"slide_type": "fragment"}
+families = {"-": ["local attention", "full attention", "cosine attention", "progressive", "LWDN"],
+            "--": ["exact flow", "learned flow", "matched flow", "sparse recursion",
+                   "FGFA, 5 frames"],
+            ":": ["every frame", "stale copy"]}  # fmt: skip
+look = {name: {"linestyle": line} for line, names in families.items() for name in names}
+for n, style in enumerate(look.values()):
+    style |= {"color": plots.COLORS[n % 7], "marker": "osD^vPX*hd<>"[n], "markersize": 5}
+
+
+def name_ends(ax, ends, edge, gap=0.0125):
+    """Each line's name at x = edge, beside its end (x, y); names that would overlap move apart."""
+    names, heights = sorted(ends, key=lambda name: ends[name][1]), []
+    for name in names:
+        heights.append(max([ends[name][1], *(height + gap for height in heights[-1:])]))
+    down = sum(heights) / len(ends) - sum(y for _, y in ends.values()) / len(ends)
+    for name, height in zip(names, heights, strict=True):
+        ax.annotate(
+            name, ends[name], (edge, height - down), color=look[name]["color"], fontsize=8,
+            va="center", ha="left" if edge > ends[name][0] else "right", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "lightgray", "shrinkA": 0, "zorder": 0},
+        )  # fmt: skip
+
 
 # %% slideshow={"slide_type": "fragment"}
 with plots.style():
-    figure, ax = plt.subplots(figsize=(7.6, 4.4))
-for number, (name, r) in enumerate(r_of.items()):
-    steps = {int(metric[4:]): score["mean"] for metric, score in rows[name].items()}
-    at_keys = r if name == "sparse recursion" else 0  # which runs the flow network there too
-    costs = [1 / video.dff_speedup(l, r) + at_keys / l for l in steps]
-    line = ":" if name == "exact flow" else "-" if number < 6 else "--"
-    style = {"marker": "osD^vPX*hd"[number % 10], "linestyle": line}
-    ax.plot(costs, steps.values(), label=name, markersize=5, **style)
-ax.plot(1 + 4 * (r_flow - parts["head"]), rows["FGFA, 5 frames"]["l = 1"]["mean"], "k*",
-        label="FGFA, 5 frames")  # fmt: skip
-ax.axhline(rows["every frame"]["l = 1"]["mean"], color="gray", linewidth=1, label="every frame")
-ax.set(xlabel="cost of a frame, as a share of running all on it", ylabel="mIoU", xscale="log",
-       title="accuracy and cost, every way: up and to the left is better")  # fmt: skip
-ax.set_xticks([1 / 8, 1 / 4, 1 / 2, 1, 2], ["1/8", "1/4", "1/2", "1", "2"])
-ax.set_xticks([], minor=True)
-ax.legend(fontsize=7, ncols=2)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 5.4), sharey=True)
+for name, style in look.items():
+    left.plot(ch07.SPEEDS, by_speed[name], **style)
+    right.plot(costs[name], scores[name], **style)
+name_ends(left, {name: (6, by_speed[name][-1]) for name in look}, edge=6.5)
+ends = {name: (costs[name][-1], scores[name][-1]) for name in look}
+for name in ("every frame", "FGFA, 5 frames"):
+    name_ends(right, {name: ends[name]}, edge=1.15 * ends.pop(name)[0])
+name_ends(right, ends, edge=0.105)
+left.set(xlabel="speed (px a frame)", ylabel="mIoU", xticks=ch07.SPEEDS,
+         title="against motion, four frames after the key frame")  # fmt: skip
+right.set(xlabel="cost of a frame, as a share of running all on it", xscale="log",
+          title="against cost: up and to the left is better")  # fmt: skip
+right.set_xticks([1 / 8, 1 / 4, 1 / 2, 1, 2], ["1/8", "1/4", "1/2", "1", "2"])
+right.set_xticks([], minor=True)
 plt.show()
 
 # %% slideshow={"slide_type": "fragment"}
@@ -860,9 +891,17 @@ lab.claim("attention with a key frame every eighth frame is within 0.02 of runni
 lab.claim(
     "at about a quarter of the cost", 1 / video.dff_speedup(8, r_of["local attention"]), below=0.27
 )
+falls = {name: by_speed[name][3] - by_speed[name][4] for name in families["-"][:4]}
+lab.claim("from 4 to 6 px a frame attention to a window falls by over 0.05",
+          min(fall for name, fall in falls.items() if name != "full attention"), above=0.05)  # fmt: skip
+lab.claim("and attention to the whole map does not fall", falls["full attention"], below=0.01)
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# Near a third of the cost: local attention with a key frame every fourth frame, or, on this small map, attention
+# On the left, three shapes. Ways with a window of $R = 4$ are level with the backbone on every frame until the window ends,
+# at 4 px a frame, and so is the best match in it. Ways that rest on flow, and the copy, fall from the start; LWDN, whose reach is two cells, falls most
+# between 2 and 4 px. Attention to the whole map does not fall.
+#
+# On the right, near a third of the cost: local attention with a key frame every fourth frame, or, on this small map, attention
 # to all of it with one every eighth. Local attention is level with the backbone on
 # every frame down to a quarter of the cost. Attention to the whole map is a little ahead of it on this map of 256 cells, and would be the
 # wrong choice on one of 2,394. (A window's cost is by the formula, 81 keys a query. The tiled kernel computes
