@@ -1,4 +1,4 @@
-"""The command line: `attnlab doctor`, `attnlab lab`, `results`, `train`, `video`.
+"""The command line: `attnlab --help` says what it can do.
 
 Each command imports what it needs when it runs, so that `attnlab --help` needs nothing.
 """
