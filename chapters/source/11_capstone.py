@@ -313,7 +313,7 @@ lab.claim("but 0.15 or more to DependencyViT and to none",
 # (a), (d): **Nobody is ahead.** Ten networks share one convolutional trunk; what was built into nine of them changed the accuracy by less than their spreads. The six that are behind are those that bring a
 # trunk of their own. (Criss-cross leads in each of three seeds, by 0.01 to 0.02: among nine equals, somebody will.) (b), (c): The network that points best is DependencyViT's, and it is among the six. Pointing needs its control too: an untrained ViT points at the thing without knowing anything (a likely reason: things are where a picture
 # changes), and training adds little; to DependencyViT it adds much. (e) Mostly yes, and still no map, asked either way, beats a baseline that has seen no label. Under noise the order is
-# another one again: attention pooling, tied with "none" on clean pictures, is ahead of it in each seed.
+# another one again: attention pooling, tied with "none" on clean pictures, is ahead of it in each seed (which part of it protects, the table does not say).
 #
 # **What this does not say.** It does not say that attention is useless. This task, *name the one thing*, asks for nothing that the small ResNet lacks: no far places to compare, no fact to carry, no map to show. (Section 8 collects tasks
 # that do.) Nor does it say that transformers are worse: 600 steps are 19,200 pictures, and they have to learn first what a convolution has from birth. And the learning rates were not searched for each row (project 2).
@@ -389,7 +389,7 @@ plt.show()
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # Grad-CAM is the smooth one: 8×8 numbers, drawn up to 64×64 pixels. The own map is exact about one thing, the weights with which this network pooled; Grad-CAM is an estimate from gradients, and the two
-# disagree about the same network and the same picture (compare the second row with the third). After 150 steps neither is on the thing as a rule.
+# disagree about the same network and the same picture (compare the second row with the third). After 150 steps neither can be relied on.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## 6 · What it costs
@@ -449,7 +449,7 @@ lab.claim("at N = 4,096 full attention, written out, takes over five times as lo
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # Read the slopes, not the heights: those belong to one machine. At $N$ = 1,024 fixed costs (calls, copies into blocks) still flatten the cheap curves, so that
-# their measured exponents are *below* theory, and the written-out form outgrows its $N^2$ where its weights leave the cache. `attnlab bench`
+# their measured exponents are *below* theory, and the written-out form outgrows its $N^2$ (a likely reason: its weights leave the cache). `attnlab bench`
 # measures the same quietly, over more sizes, against other libraries.
 #
 # **The exponent is not the bill.** A network of a few hundred places spends most of its time elsewhere: for DeiT-S at 14×14 places
@@ -743,7 +743,7 @@ lab.claim("eight ahead by more than both spreads, five tied, one behind", counte
 # | kind | examples | why |
 # |---|---|---|
 # | **exact**: sizes and equations | DeiT, SE-ResNet-50, CBAM-ResNets, DANet, OCNet, PatchConvNet-S60: parameters equal to the last one; layouts of released weights load | the architecture is a fact |
-# | **the same here**, where the mechanism is needed | comparison of far places (02), one fact for all (03, 05), matching between frames (07), a map that points (08) | the simple thing cannot do it |
+# | **the same here**, where the mechanism is needed | comparison of far places (02), one fact for all (03, 05), matching between frames (07), a map that points (08) | the simple thing lacks the path |
 # | **not seen here** | SE, CBAM, SK against none in naming (03, 04); DANet and OCNet against FCN (05); FGFA (07); a non-local block for boxes (08) | published gains are a point or two; ours are three short runs |
 # | **not borne out** | "sparse attention is more robust" (05), "CBAM covers the object better" (04), a tree that emerges (09), outlines from class labels alone (10) | budget, or the claim; our runs cannot tell which |
 # | **paper and code disagree** | DANet's channel softmax has the other sign (05); CBAM's code feeds [max, mean] (04); non-local pools before its embedding (02) | read both |
