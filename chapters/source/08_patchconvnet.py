@@ -935,7 +935,7 @@ lab.claim("the best of them is over 0.1 behind PatchConvNet's worst", behind, ab
 
 # %% [markdown] slideshow={"slide_type": "subslide"}
 # **At full size**, about 25 million parameters each, untrained, forward without gradients, growing batches. All is divided by what
-# PatchConvNet-S60 does with one image. **Guess** whose memory is the smallest, and who gains by a larger batch.
+# PatchConvNet-S60 does with one image. **Guess** whose memory is the smallest, and whether it grows faster than the batch.
 
 # %% tags=["nbval-ignore-output"] slideshow={"slide_type": "fragment"}
 sizes = {"PatchConvNet-S60": patchconvnet_s60, "XCiT-S12/16": timm.models.xcit_small_12_p16_224,
@@ -992,9 +992,10 @@ plt.show()
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # Answer: XCiT's memory, with PatchConvNet's close behind, both of one resolution; Swin's is about twice as large, for it holds large
-# early maps. All three grow in proportion to the batch. In images a second, on the two (busy) CPU cores where this was built, PatchConvNet
-# alone gains much by the batch, and from four images on does about twice as many as the other two. The right panel is your machine's; a
-# GPU may rank them in another way. And depth costs no memory without gradients: a block's maps are let go before the next needs room.
+# early maps. All three grow in proportion to the batch. In images a second, on the two busy CPU cores where this was built, PatchConvNet
+# is ahead from two images on, by a factor of about 1.5 to 2; who gains by the batch these few calls are too rough to say. The right panel
+# is your machine's, and a GPU may rank them in another way. And depth costs no memory without gradients: a block's maps are let go before
+# the next needs room.
 #
 # (For a map a class all that is done to a class vector (query, scores, weighted mean, $W_o$, feed-forward network) is done $k$ times:
 # with $k = 1000$, S60 needs 5.3 G in place of 4.0 as the authors' code computes it.)
