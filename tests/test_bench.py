@@ -351,6 +351,14 @@ def test_forms_that_have_no_room_are_left_out():
     assert bench.fitting("window", 16384) == ["blocks", "auto"]
 
 
+@pytest.mark.parametrize(("compiled", "quick", "sizes"), [
+    (False, False, [256, 1024, 4096, 16384]), (False, True, [256]),
+    (True, False, [4096]), (True, True, [256]),
+])  # fmt: skip
+def test_compiled_at_one_size_and_quick_at_the_smallest(compiled, quick, sizes):
+    assert list(bench.sizes_of(ROWS["window"], compiled, quick)) == sizes
+
+
 def test_the_file_is_named_by_machine_and_options():
     assert bench.default_file("m", "cpu", "float32", False) == RESULTS / "suite-m.json"
     name = bench.default_file("m", "cuda", "bfloat16", True).name

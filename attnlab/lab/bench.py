@@ -21,7 +21,7 @@ from torch import Tensor
 from attnlab.lab import bench_report
 from attnlab.lab.arguments import require
 from attnlab.lab.bench_measure import alone, extra_memory, load, machine, take_turns
-from attnlab.lab.bench_rows import ROWS
+from attnlab.lab.bench_rows import ROWS, Row
 from attnlab.lab.files import repo_root, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -65,6 +65,13 @@ def fitting(name: str, size: int) -> list[str]:
     """The row's forms that have room at this size, and its peers."""
     row = ROWS[name]
     return [form for form in (*row.forms, *row.peers) if size <= row.most.get(form, math.inf)]
+
+
+def sizes_of(row: Row, compiled: bool, quick: bool) -> Sequence[int]:
+    """All; compiled, which takes long, the largest that has room for all forms; or the smallest."""
+    if quick:
+        return row.sizes[:1]
+    return [min([row.sizes[-1], *row.most.values()])] if compiled else row.sizes
 
 
 def time_row(name: str, size: int, training: bool, turns: dict, *place) -> dict:
@@ -116,7 +123,7 @@ def run(
         print(f"{name} …", file=sys.stderr, flush=True)
         row = ROWS[name]
         try:
-            for size in row.sizes[: 1 if quick else None]:
+            for size in sizes_of(row, compiled, quick):
                 for training in (False, True)[: 1 + row.backward]:
                     torch.compiler.reset()
                     turns = QUICK if quick else TURNS
@@ -163,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--only", nargs="+", default=[], metavar="ROW", help="these rows alone")
     options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options.add_argument("--dtype", default="float32", choices=list(DTYPES))
-    options.add_argument("--compile", action="store_true", help="through torch.compile")
+    options.add_argument("--compile", action="store_true", help="through torch.compile, one size")
     options.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs")
     options.add_argument("--machine", default=platform.node() or "unknown", help="names the file")
     options.add_argument(
