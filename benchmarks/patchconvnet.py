@@ -49,31 +49,35 @@ def synchronized(step, device: str):
 
 
 def in_rows(steps: dict[str, Callable], repeats: int) -> dict[str, dict[str, float]]:
-    """Median seconds of a call: "alone" among its like, and "first" after another step's.
+    """Seconds of a call among its like, "median" and "least" of the rows; "first": after another.
 
     The steps take turns, in an order drawn anew for each round. A turn is a first call, then a row
     of calls that lasts about `ROW` seconds.
     """
 
-    def duration(step: Callable, calls: int = 1) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
+    def duration(step: Callable, least: float) -> float:
+        calls, start = 0, time.perf_counter()
+        while calls == 0 or time.perf_counter() - start < least:
             step()
+            calls += 1
         return (time.perf_counter() - start) / calls
 
     for step in steps.values():
         step()
-    calls = {name: max(1, round(ROW / duration(step))) for name, step in steps.items()}
     order, shuffle = list(steps), random.Random(0).shuffle
-    times = {name: {"first": [], "alone": []} for name in steps}
+    firsts, rows = ({name: [] for name in steps} for _ in range(2))
     for _ in range(repeats):
         shuffle(order)
         for name in order:
-            times[name]["first"].append(duration(steps[name]))
-            times[name]["alone"].append(duration(steps[name], calls[name]))
+            firsts[name].append(duration(steps[name], 0.0))
+            rows[name].append(duration(steps[name], ROW))
     return {
-        name: {kind: statistics.median(values) for kind, values in found.items()}
-        for name, found in times.items()
+        name: {
+            "median": statistics.median(rows[name]),
+            "least": min(rows[name]),
+            "first": statistics.median(firsts[name]),
+        }
+        for name in steps
     }
 
 
@@ -174,13 +178,13 @@ def network_step(name: str, batch: int, size: int, device: str):
 
 
 def print_pooling(results: dict) -> None:
-    print("\nForms of attention pooling: how much faster than explicit, each after itself")
-    print("(in brackets: its first call after another form)\n")
+    print("\nForms of attention pooling: how much faster than explicit, in a row of the same")
+    print("(median row, fastest row; first call after another form)\n")
     others = [impl for impl in IMPLS if impl != "explicit"]
 
     def faster(times: dict, impl: str) -> str:
-        alone, first = (times["explicit"][k] / times[impl][k] for k in ("alone", "first"))
-        return f"{alone:.1f}× ({first:.1f}×)"
+        ratio = {kind: times["explicit"][kind] / spent for kind, spent in times[impl].items()}
+        return f"{ratio['median']:.1f}× ({ratio['least']:.1f}×; {ratio['first']:.1f}×)"
 
     rows = [[key, *(faster(times, impl) for impl in others)] for key, times in results.items()]
     print(table(["batch, width, queries, side", *others], rows))
