@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, help="of imagenet, processes that read; default: 4")
     parser.add_argument("--device", help="cpu, cuda, ...")
     parser.add_argument(
-        "--out", type=Path, help="a JSON file; default of a run: metrics-DATA.json in its folder"
+        "--out", type=Path, help="a JSON file; of a run, by default metrics-DATA.json, or -SPLIT"
     )
     return parser
 

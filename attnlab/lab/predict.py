@@ -357,7 +357,11 @@ def _map(
 
 
 def _show(ax, picture: Tensor) -> None:
-    ax.imshow(rearrange(picture, "c h w -> h w c").clamp(0, 1).numpy(), aspect="auto")
+    ax.imshow(
+        rearrange(picture, "c h w -> h w c").clamp(0, 1).numpy(),
+        aspect="auto",
+        interpolation="antialiased",
+    )
     ax.axis("off")
 
 
