@@ -117,8 +117,8 @@ def local_attention_warp(
         impl: "explicit" goes through the displacements one by one, and has the weights
             `(B, L, H, W)`; "fused" cuts the map into tiles, gathers for each the keys that its
             queries see, and calls PyTorch's kernel; "unfold" copies each cell's window, L times the
-            map, and is here to compare with; "auto" is "explicit" up to a radius of 2 without a
-            backward pass, one less with it, one less above 128 channels, else "fused".
+            map, and is here to compare with; "auto" is "explicit" on a CPU up to a radius of 2,
+            with a backward pass of 1, else "fused".
 
     Returns:
         `(B, C, H, W)` in the dtype of `value`.
@@ -143,9 +143,8 @@ def local_attention_warp(
 
 
 def _faster(query: Tensor, key: Tensor, value: Tensor, radius: int) -> str:
-    """Measured on CPUs: a backward pass and wide maps each cost the loop one step of radius."""
-    wide = max(query.shape[1], value.shape[1]) > 128
-    small = radius + wide + _trains(query, key, value) <= 2
+    """Measured on CPUs (benchmarks/video.py): a backward pass costs the loop a step of radius."""
+    small = radius + _trains(query, key, value) <= 2
     return "explicit" if small and query.device.type == "cpu" else "fused"
 
 
