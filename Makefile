@@ -18,7 +18,7 @@ handout:   ## make a zip for students, without solutions, and one for teachers
 slides:    ## make a lecture of every chapter, in build/slides
 site:      ## make the site, in build/site
 doctor:    ## check this machine and say what would mend it
-bench:     ## run the benchmarks
+bench:     ## run the scripts in benchmarks/ (the suite: attnlab bench)
 
 # The first of these that is new enough; .venv's own comes first, so that .venv keeps it.
 PYTHONS = $(if $(PYTHON),"$(PYTHON)",.venv/bin/python python3.13 python3.12 python3.11 python3 python)

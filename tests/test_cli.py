@@ -108,7 +108,7 @@ def test_what_is_wrong_is_said(chapters, started, capsys, monkeypatch):
     assert "chapter: expected one of 00_start_here, 01_attention, " in message
     assert message.endswith("got 'cbam'\n")
     assert "unrecognized arguments: --fast" in failure(capsys, "doctor", "--fast")
-    assert "invalid choice: 'predict'" in failure(capsys, "predict")
+    assert "invalid choice: 'explain'" in failure(capsys, "explain")
     assert "invalid int value: 'zero'" in failure(capsys, "results", "--seeds", "zero")
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert 'JupyterLab is not installed: pip install "attnlab[lab]"' in failure(capsys, "lab")
