@@ -40,6 +40,10 @@ def read(path: Path) -> NotebookNode:
             sentence = last_sentence(cell.source) or sentence
             continue
         cell.outputs = [still for output in cell.outputs for still in stills(output, widgets)]
+        for data in (output.get("data", {}) for output in cell.outputs):
+            if "text/markdown" in data:  # in a table that code made, no builder sees the links
+                made = data["text/markdown"]
+                data["text/markdown"] = re.sub(r"\]\((\d\d_\w+)\.ipynb", r"](\1.html", made)
         pictures = [o for o in cell.outputs if set(PICTURES) & set(o.get("data", {}))]
         for picture in pictures:
             text = alt_text(cell.source, section, sentence)
