@@ -10,7 +10,8 @@ def weights_of(mechanism: str, scores: torch.Tensor, width: int) -> torch.Tensor
 
     mechanism: "dense", what each place takes is shared out among all places; "reversed", what each
     place gives is; "criss-cross", as dense, from the own row and column only; "neighborhood", as
-    dense, from places at most one row and one column away; "gate", a factor for each place.
+    dense, from places at most one row and one column away; "gate", a factor for each place,
+    from its score with itself.
     scores: (N, N); who asks (and takes) is a row, who answers (and gives) a column. The N places
     are an image, row by row, `width` to a row.
     Returns (N, N): exact zeros where two may not meet, a sigmoid for the gate, else a softmax.
