@@ -79,7 +79,10 @@ ROWS = {  # what --only takes: the row
     ),
     "cgnl": Row(c.cgnl, (16, 64, *LINEAR[1:]), OURS, theory=1, most={"explicit": 64}),
     "cgnl-block": _block(c.cgnl_block, SIZES, peers=("non-local",), theory=1, same=False),
-    "warp": Row(c.warping, LINEAR, peers=("torch",), theory=1),
+    "warp": Row(
+        c.warping, LINEAR, peers=("torch",), theory=1,
+        why="ours pads to a power of two, so that zero flow is exact to the last bit",
+    ),
     "local": Row(
         c.local_attention, LINEAR, ("explicit", "unfold", "fused", "auto"), theory=1,
         most={"unfold": 4096},
@@ -94,7 +97,8 @@ ROWS = {  # what --only takes: the row
         most={"unfold": 4096},
     ),
     "slic": Row(
-        c.superpixels, LINEAR[1:], peers=("scikit-image",), theory=1, backward=False, same=False
+        c.superpixels, LINEAR[1:], peers=("scikit-image",), theory=1, backward=False, same=False,
+        why="theirs is compiled C for one image on a CPU; ours is batched, on any device",
     ),
     "deit_tiny": _model(c.deit, forms=TWO, peers=("timm",)),
     "resnet50": _model(c.resnet, peers=("torchvision",)),
