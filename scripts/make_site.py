@@ -23,6 +23,8 @@ import nbformat
 from make_slides import make_slides
 from static_notebook import ROOT, chapters, read
 
+from attnlab.lab import bench_report
+
 DOCS = ROOT / "docs" / "site"
 WORK = ROOT / "build" / "site-work"
 OUT = ROOT / "build" / "site"
@@ -171,8 +173,11 @@ def results_page() -> str:
 
 def benchmarks_page() -> str:
     about = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
-    parts = [about]
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+    folder = ROOT / "benchmarks" / "results"
+    parts = [about, f"## The suite\n\n{bench_report.section(folder)}"]
+    for path in sorted(folder.glob("*.json")):
+        if path.stem.startswith("suite-"):
+            continue
         content = json.loads(path.read_text("utf-8"))
         machine = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
         command = f"`{content['command']}` · " if "command" in content else ""
