@@ -23,8 +23,6 @@ import nbformat
 from make_slides import make_slides
 from static_notebook import ROOT, chapters, read
 
-from attnlab.lab import bench_report
-
 DOCS = ROOT / "docs" / "site"
 WORK = ROOT / "build" / "site-work"
 OUT = ROOT / "build" / "site"
@@ -172,6 +170,8 @@ def results_page() -> str:
 
 
 def benchmarks_page() -> str:
+    from attnlab.lab import bench_report  # brings torch and timm, which no other page needs
+
     about = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
     folder = ROOT / "benchmarks" / "results"
     parts = [about, f"## The suite\n\n{bench_report.section(folder)}"]
