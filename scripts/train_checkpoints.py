@@ -41,13 +41,14 @@ def ship(name: str, model: nn.Module, seed: int, device: torch.device, **provena
 def parts_recipe(
     name: str, model: nn.Module, steps: int, factory: str, arguments: dict, seed: int,
     device: torch.device, scores: Callable[[nn.Module], dict[str, float]] = lambda model: {},
-    half: bool = False,
 ) -> None:  # fmt: skip
-    """Train a network on the default parts task; `scores(model)` are metrics beside accuracy."""
+    """Train a network on the default parts task, and round it to half precision.
+
+    `scores(model)` are metrics beside accuracy; all are of the rounded network.
+    """
     run_dir = repo_root() / "runs" / name
     history = ch01.fit_vit_mini(model, seed, device, steps=steps, run_dir=run_dir)
-    if half:
-        checkpoints.round_to_half(model)
+    checkpoints.round_to_half(model)
     test = data.load("parts", "test", n=2_000)
     ship(
         name,
@@ -59,12 +60,12 @@ def parts_recipe(
         seconds=history.seconds,
         metrics={"test accuracy": train.accuracy(model, test, device=device), **scores(model)},
         data={"name": "parts", "split": "train", "n": 20_000, "size": 64},
-        half=half,
+        half=True,
     )
 
 
 def vit_mini_parts(name: str, seed: int, device: torch.device) -> None:
-    """Chapters 00 and 01: `vit_mini` on the default parts task."""
+    """Chapters 00, 01, 08, 09 and 11: `vit_mini` on the default parts task."""
     train.seed_everything(seed)
     arguments = {"num_classes": 8}
     factory = "attnlab.attention.vit_mini"
@@ -89,7 +90,7 @@ def dependencyvit_mini_parts(name: str, seed: int, device: torch.device) -> None
 def dependencyvit_mini_parts_long(name: str, seed: int, device: torch.device) -> None:
     """Chapter 09: the same, trained four times as long."""
     scores = partial(ch09.gates_and_trees, device=device)
-    dependencyvit_recipe(name, 5_000, seed, device, scores=scores, half=True)
+    dependencyvit_recipe(name, 5_000, seed, device, scores=scores)
 
 
 def scenes_recipe(

@@ -235,3 +235,9 @@ def test_every_shipped_checkpoint_loads_and_answers_as_it_did(name, device):
 
 def test_no_shipped_checkpoint_lacks_its_sidecar():
     assert checkpoints.verify() == []
+
+
+def test_the_shipped_checkpoints_take_12_mib_at_most():
+    folder = files.data_dir() / "checkpoints"
+    assert SHIPPED
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 12 * 2**20
