@@ -4,23 +4,27 @@
 Mask R-CNN (He et al. 2017), call it and look at `out_channels`. A plain transformer has one map of
 one resolution, and so has PatchConvNet; Lite models bring their pruned patches back for it.
 
-timm asks for `feature_info` and `forward_intermediates`, which `attnlab.models` gives to the model
-classes from here: blocks are listened to while the model runs, so that no model is written twice.
+timm asks for `feature_info`, `forward_intermediates` and the like, which `attnlab.models` gives to
+the model classes from here: blocks are listened to while the model runs, so that no model is
+written twice.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import wraps
+from inspect import signature
 
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from attnlab import attention, spformer
+from attnlab.attention_pooling import AttentionPool
 from attnlab.dependency_pruning import restore
 from attnlab.dependencyvit import DependencyBlock, DependencyViT
 from attnlab.layers import check_map
 from attnlab.patchconvnet import ConvBlock, PatchConvNet
-from attnlab.resnet import STAGES, ResNet
+from attnlab.resnet import STAGES, GlobalAveragePool, ResNet
 
 BLOCKS = (attention.Block, spformer.Block, DependencyBlock, ConvBlock)
 
@@ -188,3 +192,57 @@ def _as_map(
 def get_classifier(model: nn.Module) -> nn.Module | tuple[nn.Module, nn.Module]:
     """The classifier `head`; with DeiT's distillation token, both classifiers."""
     return (model.head, model.head_dist) if hasattr(model, "head_dist") else model.head
+
+
+def give_global_pool(model_class: type[nn.Module]) -> None:
+    """Give a class of ours timm's `reset_classifier(num_classes, global_pool=None)`.
+
+    `forward_head` then gives the features of every place where `global_pool=""` was asked for.
+    """
+    reset, head = model_class.reset_classifier, model_class.forward_head
+    has_choice = "global_pool" in signature(reset).parameters
+
+    def reset_classifier(model, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier; none for 0 classes, and then features come out.
+
+        global_pool: None leaves the pooling as it is; `""`, with 0 classes, leaves it out, so that
+            a map or tokens come out; else a pooling that this model has, "avg" or "token" or "map".
+
+        Raises:
+            ValueError: another pooling, or classes for features that are not pooled.
+        """
+        unpooled = model.unpooled if global_pool is None else global_pool == ""
+        if unpooled and num_classes:
+            raise ValueError(
+                f"global_pool='', num_classes={num_classes}: expected 0 classes, or a pooling"
+            )
+        if has_choice:
+            reset(model, num_classes, global_pool or None)
+        elif global_pool in (None, "", _pool_name(model)):
+            reset(model, num_classes)
+        else:
+            expected = f"{_pool_name(model)}, or '' with num_classes=0"
+            raise ValueError(f"global_pool={global_pool!r}: expected {expected}")
+        model.unpooled = unpooled
+
+    @wraps(head)
+    def forward_head(model, x, pre_logits: bool = False):
+        return _every_place(model, x) if model.unpooled else head(model, x, pre_logits)
+
+    model_class.unpooled = False
+    model_class.reset_classifier, model_class.forward_head = reset_classifier, forward_head
+
+
+def _pool_name(model: nn.Module) -> str:
+    """timm's word for the one pooling that a model has; where there is none, its class's name."""
+    pool = getattr(model, "pool", getattr(model, "avgpool", None))
+    if isinstance(pool, AttentionPool):
+        return "map"
+    return "avg" if pool is None or isinstance(pool, GlobalAveragePool) else type(pool).__name__
+
+
+def _every_place(model: nn.Module, features) -> Tensor:
+    """What `forward_features` gave, as one tensor: a map `(B, C, h, w)`, or tokens `(B, N, D)`."""
+    if isinstance(model, DependencyViT):
+        return features.tokens
+    return model.fc_norm(features) if isinstance(model, attention.VisionTransformer) else features

@@ -26,6 +26,7 @@ from attnlab.feature_maps import (
     feature_info,
     forward_intermediates,
     get_classifier,
+    give_global_pool,
     prune_intermediate_layers,
 )
 from attnlab.patchconvnet import (
@@ -60,6 +61,8 @@ for _model in (VisionTransformer, ResNet, PatchConvNet, DependencyViT, SPFormer)
     _model.feature_info = property(feature_info)
     _model.forward_intermediates = forward_intermediates
     _model.prune_intermediate_layers = prune_intermediate_layers
+    _model.head_hidden_size = property(lambda model: model.num_features)
+    give_global_pool(_model)
 for _model in (VisionTransformer, DependencyViT, SPFormer):
     _model.get_classifier = get_classifier
 
@@ -76,29 +79,39 @@ def _register(
     first_conv: str,
     classifier: str | tuple[str, ...],
     out_indices: int | tuple[int, ...] = 3,
+    has_choice: bool = False,
 ) -> None:
     """Register `factories` under their names, with the arguments that timm passes to every one.
 
-    `first_conv` and `classifier` name modules; `out_indices` is the default of `features_only`.
+    `first_conv` and `classifier` name modules; `out_indices` is the default of `features_only`;
+    `has_choice` says whether the factories take `global_pool`.
     """
     for factory in factories:
         name = factory.__name__
         sizes = MINI if name.endswith("_mini") else {}
         default_cfgs[name] = {"first_conv": first_conv, "classifier": classifier, **sizes}
-        register_model(_entrypoint(factory, out_indices))
+        register_model(_entrypoint(factory, out_indices, has_choice))
 
 
-def _entrypoint(factory: Callable[..., nn.Module], out_indices: int | tuple[int, ...]) -> Callable:
-    def create(pretrained: bool = False, **kwargs) -> nn.Module:
+def _entrypoint(
+    factory: Callable[..., nn.Module], out_indices: int | tuple[int, ...], has_choice: bool
+) -> Callable:
+    def create(pretrained: bool = False, global_pool: str | None = None, **kwargs) -> nn.Module:
         if pretrained:
             raise ValueError(
                 f"pretrained=True: attnlab publishes no weights for {factory.__name__}; expected "
                 "False, and then model.load_state_dict(...) with a checkpoint of your own"
             )
+        chosen = global_pool and has_choice
+        if chosen:
+            kwargs["global_pool"] = global_pool
         features = {"feature_cls": "getter", "out_indices": out_indices}
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             factory, factory.__name__, pretrained, feature_cfg=features, **kwargs
         )
+        if not (chosen or global_pool is None or kwargs.get("features_only")):
+            model.reset_classifier(model.num_classes, global_pool)
+        return model
 
     create.__name__ = factory.__name__
     return create
@@ -113,7 +126,7 @@ _register(
     "fc",
     (0, 1, 2, 3, 4),
 )
-_register((deit_tiny, deit_small, deit_base, vit_mini), "patch_embed.proj", "head")
+_register((deit_tiny, deit_small, deit_base, vit_mini), "patch_embed.proj", "head", has_choice=True)
 _register(
     (
         *(patchconvnet_mini, patchconvnet_s60, patchconvnet_s60_multi, patchconvnet_s120),
@@ -129,6 +142,7 @@ _register(
     ),
     "patch_embed.proj",
     "head",
+    has_choice=True,
 )
 _register(
     (

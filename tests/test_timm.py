@@ -1,5 +1,7 @@
 """Every registered model is timm's: its maps, its classifier, its data; timm's tools take it."""
 
+import copy
+
 import battery
 import pytest
 import timm
@@ -7,7 +9,9 @@ import torch
 
 from attnlab import models
 from attnlab.attention import VisionTransformer, deit_tiny
-from attnlab.resnet import resnet50
+from attnlab.patchconvnet import patchconvnet_mini
+from attnlab.pooling import AveragePool, LogSumExpPool
+from attnlab.resnet import resnet18, resnet50, resnet_mini
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -153,6 +157,90 @@ def test_timms_tools_take_our_models(name):
     assert model(x).shape == (2, 3)
     model.reset_classifier(0)
     assert model(x).shape == (2, model.num_features)
+
+
+@pytest.mark.parametrize("name", models.default_cfgs)
+def test_the_classifier_and_the_pooling_are_reset_as_timm_does(name):
+    """Of every model, on the meta device; without pooling, what comes out has places."""
+    options = {"depth": 2} if name.startswith("patchconvnet") else {}
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=7, in_chans=4, **options).eval()
+        x = torch.empty(2, 4, *model.default_cfg["input_size"][1:])
+        assert model.head_hidden_size == model.num_features
+        assert model(x).shape == (2, 7)
+        own = getattr(model, "global_pool", "map" if "patchconvnet" in name else "avg")
+        model.reset_classifier(5, global_pool=own)
+        assert (model(x).shape, model.num_classes) == ((2, 5), 5)
+        pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+        model.reset_classifier(0)
+        assert model(x).shape == pooled.shape
+        model.reset_classifier(0, "")
+        places = model(x)
+        assert places.ndim in (3, 4)
+        assert model.forward_head(model.forward_features(x), pre_logits=True).shape == places.shape
+        features = getattr(model.forward_features(x), "tokens", model.forward_features(x))
+        assert places.shape == features.shape
+        model.reset_classifier(0)
+        assert model(x).shape == places.shape, "None leaves the pooling as it is: there is none"
+        battery.check_errors([
+            (lambda: model.reset_classifier(3), "global_pool='', num_classes=3: expected 0 cla"),
+            (lambda: model.reset_classifier(3, ""), "global_pool='', num_classes=3: expected 0"),
+            (lambda: model.reset_classifier(3, "median"), "global_pool='median': expected "),
+        ])  # fmt: skip
+        assert model(x).shape == places.shape, "what is refused changes nothing"
+        model.reset_classifier(3, own)
+        assert model(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_a_vision_transformer_is_reset_as_timms_is(pool):
+    reference = timm.create_model("deit_tiny_patch16_224", depth=1, img_size=32, global_pool=pool)
+    check_reset(reference, timm.create_model("deit_tiny", depth=1, img_size=32, global_pool=pool))
+
+
+def test_a_resnet_is_reset_as_timms_is():
+    check_reset(timm.create_model("resnet18.tv_in1k"), resnet18())
+
+
+def check_reset(reference: torch.nn.Module, model: torch.nn.Module) -> None:
+    """The same comes out of both, with the same weights, after the same resets."""
+    reference, model = battery.randomize(reference).eval().double(), model.eval().double()
+    model.load_state_dict(reference.state_dict())
+    x = images(32, 32).double()
+    for arguments in ((0,), (0, ""), (0,), (4, "avg"), (0, "avg"), (3,)):
+        for each in (reference, model):
+            each.reset_classifier(*arguments)
+        state = {key: reference.state_dict()[key] for key in model.state_dict()}
+        model.load_state_dict(state)
+        with torch.no_grad():
+            expected = reference(x)
+            torch.testing.assert_close(model(x), expected, atol=1e-9, rtol=0)
+        assert model.num_classes == reference.num_classes
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_features_of_every_place_by_timms_own_words(name):
+    """`num_classes=0, global_pool=""`: what timm's guide tells users to write."""
+    model = created(name, num_classes=0, global_pool="")
+    x = images(64, 64)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        assert torch.equal(model(x), getattr(features, "tokens", features))
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied(x), model(x))
+    assert len(timm.create_model(name, features_only=True, global_pool="")(x)) in (3, 5)
+    own = {"vit_mini": "token", "dependencyvit_mini": "mean", "patchconvnet_mini": "map"}
+    pool = own.get(name, "avg")
+    assert timm.create_model(name, num_classes=3, global_pool=pool)(x).shape == (2, 3)
+
+
+def test_a_pooling_of_ones_own_goes_by_its_name():
+    model = resnet_mini(pool=LogSumExpPool())
+    model.reset_classifier(3, "LogSumExpPool")
+    assert model(images()).shape == (2, 3)
+    expected = "global_pool='avg': expected LogSumExpPool, or '' with num_classes=0"
+    battery.check_errors([(lambda: model.reset_classifier(3, "avg"), expected)])
+    assert patchconvnet_mini(pool=AveragePool()).reset_classifier(3, "avg") is None
 
 
 def test_the_two_classifiers_of_a_distilled_model():
