@@ -10,12 +10,20 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from attnlab_command import load_alone
 
 PACKAGE = Path(__file__).resolve().parent
 CHAPTERS = PACKAGE.parent / "chapters"
+# Commands whose words a module reads itself: name → (module, what it does).
+DELEGATED = {
+    "train": ("attnlab.lab.train_command", "train a model on ImageNet or bundled data"),
+    "evaluate": ("attnlab.lab.evaluate", "measure a checkpoint or a trained run"),
+    "predict": ("attnlab.lab.predict", "draw what a model sees in an image"),
+    "bench": ("attnlab.lab.bench", "time every mechanism against its peers"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,24 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     video.add_argument("--out", required=True, help="the video to write; it must not exist yet")
     video.add_argument("--model", default="clip_segmenter", help="a checkpoint's name or path")
     video.add_argument("--size", type=int, default=64, help="px of the side that the model sees")
-    commands.add_parser("train", add_help=False, help="train a model on ImageNet or bundled data")
-    commands.add_parser("evaluate", add_help=False, help="measure a checkpoint or a trained run")
-    commands.add_parser("predict", add_help=False, help="draw what a model sees in an image")
-    commands.add_parser("bench", add_help=False, help="time every mechanism against its peers")
+    for name, (_, meaning) in DELEGATED.items():
+        commands.add_parser(name, add_help=False, help=meaning)
     chosen, others = parser.parse_known_args(arguments)
     if chosen.command == "lab":
         try:
             return open_lab(chosen.chapter, others)
         except ValueError as error:
             lab.error(str(error))
-    if chosen.command == "train":
-        return train(others)
-    if chosen.command == "evaluate":
-        return evaluate(others)
-    if chosen.command == "predict":
-        return predict(others)
-    if chosen.command == "bench":
-        return bench(others)
+    if chosen.command in DELEGATED:
+        module, _ = DELEGATED[chosen.command]
+        return import_module(module).main(others)
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if chosen.command == "video":
@@ -89,34 +90,6 @@ def compute_results(names: list[str], seeds: list[int] | None) -> int:
     from attnlab.lab import results
 
     return results.main(names, seeds or results.SEEDS)
-
-
-def train(arguments: Sequence[str]) -> int:
-    """Train a classifier; its arguments are those of `attnlab.lab.train_command`."""
-    from attnlab.lab import train_command
-
-    return train_command.main(arguments)
-
-
-def evaluate(arguments: Sequence[str]) -> int:
-    """Measure a trained model; its arguments are those of `attnlab.lab.evaluate`."""
-    from attnlab.lab import evaluate
-
-    return evaluate.main(arguments)
-
-
-def predict(arguments: Sequence[str]) -> int:
-    """Draw what a model says of an image; its arguments are those of `attnlab.lab.predict`."""
-    from attnlab.lab import predict
-
-    return predict.main(arguments)
-
-
-def bench(arguments: Sequence[str]) -> int:
-    """Run the benchmark suite; its arguments are those of `attnlab.lab.bench`."""
-    from attnlab.lab import bench as suite
-
-    return suite.main(arguments)
 
 
 def annotate_video(source: str, out: str, model: str, size: int) -> int:

@@ -133,15 +133,22 @@ def test_results_are_delegated(monkeypatch):
     assert calls == [([], (5, 6)), (["01_attention.positions"], [3, 4])]
 
 
-def test_training_gets_all_words(monkeypatch):
+@pytest.mark.parametrize("command", cli.DELEGATED)
+def test_a_commands_own_module_gets_all_words(command, monkeypatch):
     calls = []
-    module = types.ModuleType("attnlab.lab.train_command")
-    module.main = lambda words: calls.append(words) or 3
-    monkeypatch.setitem(sys.modules, "attnlab.lab.train_command", module)
-    monkeypatch.setattr("attnlab.lab.train_command", module, raising=False)
+    module = types.SimpleNamespace(main=lambda words: calls.append(words) or 3)
+    monkeypatch.setitem(sys.modules, cli.DELEGATED[command][0], module)
     words = ["vit_mini", "--data", "parts", "--lr", "0.1", "--no-resume", "--help"]
-    assert cli.main(["train", *words]) == 3
+    assert cli.main([command, *words]) == 3
     assert calls == [words]
+
+
+@pytest.mark.parametrize("command", cli.DELEGATED)
+def test_every_command_that_is_delegated_has_its_module(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert not stop.value.code
+    assert capsys.readouterr().out.startswith(f"usage: attnlab {command} ")
 
 
 def test_doctor_gives_its_exit_code(monkeypatch):
