@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import attnlab
+from attnlab.lab.bench_case import with_impl
 
 TOLERANCE = 1e-9  # float64: far above rounding, far below any wrong equation
 
@@ -88,8 +89,9 @@ def check_impls_agree(module, *inputs, impls=("explicit", "fused"), tol=TOLERANC
     module = randomize(module).eval()
     results = {}
     for impl in impls:
-        with_impl = set_impl(copy.deepcopy(module), impl)
-        results[impl] = _value_and_gradients(with_impl, inputs, **options)
+        results[impl] = _value_and_gradients(
+            with_impl(copy.deepcopy(module), impl), inputs, **options
+        )
     for impl in impls[1:]:
         what = f"impl={impl!r} differs from impl={impls[0]!r}"
         _assert_same(results[impl], results[impls[0]], tol, what)
@@ -266,14 +268,6 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
             buffer.copy_(normal(buffer, 0.5))
         elif name.endswith("running_var"):
             buffer.copy_(normal(buffer, 0.3).exp())
-    return module
-
-
-def set_impl(module: nn.Module, impl: str) -> nn.Module:
-    """Set `impl` on every part that has one."""
-    for part in module.modules():
-        if hasattr(part, "impl"):
-            part.impl = impl
     return module
 
 

@@ -94,7 +94,7 @@ def test_all_forms_are_equal_and_weights_are_a_softmax(seed, queries, heads, h, 
     pool = made(queries=queries, num_heads=heads, cls_in_keys=keys)
     x, outs = randn(batch, 8, h, w, seed=seed), {}
     for impl in IMPLS:
-        outs[impl] = battery.set_impl(pool, impl).tokens(x)
+        outs[impl] = battery.with_impl(pool, impl).tokens(x)
         torch.testing.assert_close(outs[impl], outs["auto"], atol=1e-9, rtol=0)
     with attnlab.record(pool) as maps:
         pool(x)

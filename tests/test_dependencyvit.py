@@ -235,12 +235,24 @@ def test_a_hub_receives_more_than_one_and_a_leaf_nothing():
     close(mass, 8.0 * F.one_hot(torch.tensor([3]), 8).float())
 
 
-def test_auto_follows_the_threshold(monkeypatch):
+def test_auto_follows_the_thresholds(monkeypatch):
     """What counts is every score of the call: 2 images × 2 heads × 5 children × parents."""
     monkeypatch.setitem(reversed_attention.FASTER_FROM, "cpu", ("two_pass", 80))
     for parents, expected in ((3, "explicit"), (4, "two_pass")):
-        q, k, *_ = arguments(M=parents)
-        assert reversed_attention._fastest(q, k) == expected
+        q, k, v, *_ = arguments(M=parents)
+        assert reversed_attention._fastest(q, k, v) == expected
+
+
+def test_auto_without_gradients_counts_a_heads_scores_too(monkeypatch):
+    monkeypatch.setattr(reversed_attention, "INFERENCE_FROM", (60, 15))  # 2 × 2 heads × 5 × 3
+    q, k, v, *_ = arguments(M=3)
+    assert reversed_attention._fastest(q, k, v) == "two_pass"
+    assert reversed_attention._fastest(q, k, v.clone().requires_grad_()) == "explicit"
+    with torch.no_grad():
+        assert reversed_attention._fastest(q, k, v.clone().requires_grad_()) == "two_pass"
+    assert reversed_attention._fastest(q[:, :1], k[:, :1], v[:, :1]) == "explicit"  # too few heads
+    monkeypatch.setattr(reversed_attention, "INFERENCE_FROM", (60, 16))
+    assert reversed_attention._fastest(q, k, v) == "explicit"
 
 
 def test_bad_input_to_the_function():
@@ -537,8 +549,8 @@ def test_without_stages_lite_is_the_full_model_to_the_last_bit():
     lite = small(prune_layers=(), keep_rates=()).eval()
     lite.load_state_dict(full.state_dict())
     for impl in IMPLS:
-        battery.set_impl(full, impl)
-        battery.set_impl(lite, impl)
+        battery.with_impl(full, impl)
+        battery.with_impl(lite, impl)
         assert torch.equal(full(images()), lite(images()))
 
 

@@ -33,10 +33,11 @@ def perturbed(module: nn.Module) -> nn.Module:
     return module
 
 
-def with_impl(module: nn.Module, form: str) -> nn.Module:
+def with_impl(module: nn.Module, impl: str) -> nn.Module:
+    """Set `impl` on every part that has one, in place."""
     for part in module.modules():
         if hasattr(part, "impl"):
-            part.impl = form
+            part.impl = impl
     return module
 
 
