@@ -264,10 +264,10 @@ def _superpixels(model: SPFormer, seen: Seen) -> list[Panel]:
     large = F.interpolate(labels[None, None].float(), size, mode="nearest")[0, 0].long().cpu()
     edges = boundaries(large[None])[0]
     color = torch.tensor([1.0, 0.9, 0.0])[:, None, None]
-    count = torch.bincount(large.flatten()).clamp(min=1)
+    count = torch.bincount(large.flatten())
     sums = torch.zeros(3, len(count)).index_add_(1, large.flatten(), seen.picture.flatten(1))
-    means = (sums / count)[:, large]
-    found = int((torch.bincount(large.flatten()) > 0).sum())
+    means = (sums / count.clamp(min=1))[:, large]
+    found = int((count > 0).sum())
     return [
         Panel(
             f"{found} superpixels", lambda ax: _show(ax, torch.where(edges, color, seen.picture))
