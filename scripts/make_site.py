@@ -75,7 +75,7 @@ def course_map(known: dict) -> str:
     parts = []
     for start, end in arrows:
         (x, y), (u, v) = place[start], place[end]
-        line = f"M{x + 20} {y}C{x + 46} {y} {x + 34} {v} {x + 70} {v}H{u - 21}"  # between labels
+        line = f"M{x + 20} {y}C{x + 70} {y} {x + 38} {v} {x + 70} {v}H{u - 21}"  # between labels
         parts.append(f'<path d="{line}" marker-end="url(#head)"/>')
     for number, (x, y) in place.items():
         title, stem = known[number]["title"], known[number]["stem"]
@@ -119,10 +119,10 @@ def course_list(known: dict) -> str:
 # Tables from JSON
 
 
-def number(value) -> str:
-    """A number to three digits, anything else as it is."""
+def number(value, digits: int = 3) -> str:
+    """A number to three digits, or all before the point; anything else as it is."""
     if isinstance(value, float) or (isinstance(value, int) and abs(value) >= 10_000):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
     return ", ".join(map(number, value)) if isinstance(value, list) else str(value)
 
 
@@ -153,7 +153,8 @@ def spread(cell: dict | None) -> str:
     """Mean ± standard deviation; the mean alone of one seed, nothing where a row lacks a metric."""
     if cell is None or cell["mean"] is None:
         return "–"
-    return f"{cell['mean']:.3g}" + (f" ± {cell['std']:.2g}" if cell["std"] is not None else "")
+    mean, std = cell["mean"], cell["std"]
+    return number(float(mean)) + ("" if std is None else f" ± {number(float(std), digits=2)}")
 
 
 def results_page() -> str:

@@ -75,6 +75,7 @@ def test_tables_of_any_json():
 
 @pytest.mark.parametrize(("cell", "shown"), [
     ({"mean": 0.12345, "std": 0.0456}, "0.123 ± 0.046"), ({"mean": 2.5, "std": None}, "2.5"),
+    ({"mean": 13633.0, "std": 0.0}, "13,633 ± 0"), ({"mean": 1500, "std": 123.4}, "1,500 ± 123"),
     ({"mean": None, "std": None}, "–"), (None, "–"),
 ])  # fmt: skip
 def test_a_cell_of_a_table_of_several_seeds(cell, shown):
