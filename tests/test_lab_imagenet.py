@@ -6,15 +6,18 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import battery
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_lab_adapters import GREEN, RED, save_image
 from torch import nn
 from torch.nn import functional as F
 
 from attnlab.lab import checkpoints, data, imagenet, train_command
+from attnlab.lab.batches import seed_everything
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 300  # seconds for child processes on a busy machine
@@ -28,44 +31,120 @@ SMALL = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def root(tmp_path) -> Path:
-    """Eight images to learn from and four to test on, red and green, sorted into class folders."""
-    for split, count in (("train", 4), ("val", 2)):
+def save_images(root: Path, **counts: int) -> Path:
+    """So many red and so many green images in each split, sorted into class folders."""
+    for split, count in counts.items():
         for wnid, color in zip(WNIDS, (RED, GREEN), strict=True):
             for i in range(count):
-                save_image(tmp_path / f"images/{split}/{wnid}/{wnid}_{i}.JPEG", color, (40, 36))
-    return tmp_path / "images"
+                save_image(root / f"{split}/{wnid}/{wnid}_{i}.JPEG", color, (40, 36))
+    return root
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Eight images to learn from and four to test on."""
+    return save_images(tmp_path / "images", train=4, val=2)
 
 
 def lines(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
-def test_two_steps_on_two_processes(root, tmp_path):
-    run_dir = tmp_path / "run"
+# `attnlab`, which also keeps the run's folder as it was after each checkpoint: links cost nothing.
+KEEPING = """
+import os, shutil, sys
+from attnlab.cli import main
+from attnlab.lab.run_folder import RunFolder
+
+def save_and_keep(folder, modules, optimizer, step, seconds, save=RunFolder.save):
+    save(folder, modules, optimizer, step, seconds)
+    if folder.writes:
+        shutil.copytree(folder.path, f"{folder.path}-{step}", copy_function=os.link)
+
+RunFolder.save = save_and_keep
+sys.exit(main())
+"""
+S60 = "train patchconvnet_s60 --data imagenet --epochs 3 --warmup-epochs 0 --batch-size 4 "
+S60 += "--img-size 32 --autocast --workers 0 --device cpu --option drop_path_rate=0.1"
+
+
+def train_s60(program: list[str], folder: Path, run: str) -> str:
+    """Run `program` under torchrun on two processes, each with half of a batch: what it printed."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = "train resnet_mini --data imagenet --epochs 1 --warmup-epochs 0 --batch-size 4 "
-    words += "--img-size 32 --ema 0.5 --workers 0 --device cpu --option width=8"
-    where = ["--root", str(root), "--run-dir", str(run_dir)]
+    where = ["--root", str(folder / "images"), "--run-dir", str(folder / run)]
     process = subprocess.run(
-        [sys.executable, *launch, "-m", "attnlab.cli", *words.split(), *where],
+        [sys.executable, *launch, *program, *S60.split(), *where],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=PATIENCE, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout
-    first, second, tested = lines(run_dir)
-    assert [first["step"], second["step"], tested["step"]] == [1, 2, 2]
-    assert first["lr"] == pytest.approx(3e-3)
-    assert second["lr"] == pytest.approx(1.5e-3), "half of a cosine"
-    assert tested["metrics"]["epoch"] == 1
-    assert tested["metrics"]["top-5"] == 1, "there are two classes"
-    card = checkpoints.info(run_dir / "model")
-    assert card["arguments"] == {"num_classes": 2, "width": 8}
-    assert card["command"].startswith("attnlab train resnet_mini --data imagenet --epochs 1")
-    model = checkpoints.load(run_dir / "model")
-    assert model(torch.rand(1, 3, 32, 32)).shape == (1, 2)
-    assert json.loads((run_dir / "config.json").read_text())["processes"] == 2
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def s60():
+    """A folder with `run`, three steps each of which is an epoch, and `run-1`, `run-2`: so far.
+
+    It goes after the tests: pytest would keep gigabytes of three sessions.
+    """
+    with TemporaryDirectory() as folder:
+        folder = Path(folder)
+        save_images(folder / "images", train=2, val=2)
+        (folder / "keeping.py").write_text(KEEPING)
+        assert "| 0/3 [" in train_s60([str(folder / "keeping.py")], folder, "run")
+        yield folder
+
+
+def weights(run_dir: Path, which: str = "model") -> dict[str, torch.Tensor]:
+    state = load_file(run_dir / "last.safetensors")
+    return {k.removeprefix(f"{which}/"): v for k, v in state.items() if k.startswith(f"{which}/")}
+
+
+def test_two_processes_log_what_patchconvnet_s60_did(s60):
+    entries = lines(s60 / "run")
+    steps, tested = entries[::2], entries[1::2]
+    assert [entry["step"] for entry in steps] == [entry["step"] for entry in tested] == [1, 2, 3]
+    assert [entry["lr"] for entry in steps] == pytest.approx([3e-3, 2.25e-3, 0.75e-3]), "a cosine"
+    assert all(0 < entry["loss"] < 10 and entry["grad_norm"] > 0 for entry in steps)
+    assert [entry["metrics"]["epoch"] for entry in tested] == [1, 2, 3]
+    assert tested[-1]["metrics"]["top-1"] in (0, 0.25, 0.5, 0.75, 1), "of four images"
+    assert tested[-1]["metrics"]["top-5"] == 1, "there are two classes"
+    config = json.loads((s60 / "run/config.json").read_text())
+    stated = {"optimizer": "lamb", "loss": "bce", "weight_decay": 0.05, "ema": 0.99996}
+    assert config.items() >= {**stated, "autocast": True, "processes": 2, "images": 4}.items()
+
+
+def test_lamb_moves_a_matrix_of_s60_by_its_norm_and_the_average_follows(s60):
+    seed_everything(0)
+    start = imagenet.create("patchconvnet_s60", {"num_classes": 2}).state_dict()
+    first, second, third = (weights(s60 / f"run-{step}") for step in (1, 2, 3))
+    matrices = [name for name, w in start.items() if w.ndim > 1 and name != "pool.cls_token"]
+    assert len(matrices) > 300
+    for before, after, lr in ((start, first, 3e-3), (second, third, 0.75e-3)):
+        moved = [((after[k] - before[k]).norm() / before[k].norm()).item() for k in matrices]
+        assert moved == pytest.approx([lr] * len(moved), rel=1e-3), "‖Δw‖ = lr · ‖w‖"
+    average = weights(s60 / "run", "average")
+    for name, value in average.items():
+        share = 2 ** (-2 / 3)  # of new weights, while timm's average warms up
+        torch.testing.assert_close(value, second[name].lerp(third[name], share))
+    model = checkpoints.load(s60 / "run/model")
+    assert sum(p.numel() for p in model.parameters()) == 25_231_096 - 998 * 385, "two classes"
+    assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
+    card = checkpoints.info(s60 / "run/model")
+    assert card["arguments"] == {"num_classes": 2, "drop_path_rate": 0.1}
+    assert card["command"].startswith("attnlab train patchconvnet_s60 --data imagenet --epochs 3")
+
+
+def test_new_processes_go_on_with_s60_bit_for_bit(s60):
+    assert not (s60 / "run-1/metrics.json").exists(), "it was stopped"
+    printed = train_s60(["-m", "attnlab.cli"], s60, "run-1")
+    assert "| 1/3 [" in printed
+    assert "| 0/3 [" not in printed, "it began again"
+    assert lines(s60 / "run-1") == lines(s60 / "run")
+    for file in ("last.safetensors", "model.safetensors"):
+        whole, resumed = (load_file(s60 / run / file) for run in ("run", "run-1"))
+        assert whole.keys() == resumed.keys()
+        assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 class Stop(Exception):
@@ -131,6 +210,17 @@ def test_parts_of_a_batch_add_up_to_its_gradient():
         gradients.append(network[1].weight.grad.clone())
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients)
+
+
+def test_autocast_computes_in_bfloat16_and_updates_in_float32():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    seen = []
+    network.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    parts = [(torch.rand(2, 3, 2, 2), torch.rand(2, 3))]
+    for autocast in (False, True):
+        loss = imagenet._backward(network, imagenet.LOSSES["bce"][0], parts, 1, autocast)
+        assert loss.dtype == network[1].weight.grad.dtype == torch.float32
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_accumulated_batches_make_as_many_steps(root, tmp_path):
