@@ -121,8 +121,13 @@ class SilentOutput(OutputWidget):
         pass
 
 
-def execute(notebook: NotebookNode, folder: Path) -> list[tuple[float, NotebookNode]]:
-    """Run every cell in `folder` and return the seconds that each code cell took."""
+def execute(
+    notebook: NotebookNode, folder: Path, **variables: str
+) -> list[tuple[float, NotebookNode]]:
+    """Run every cell in `folder` and return the seconds that each code cell took.
+
+    variables: of the kernel's environment, beside this process's.
+    """
     started, seconds = {}, []
 
     def start(cell, cell_index):
@@ -146,7 +151,7 @@ def execute(notebook: NotebookNode, folder: Path) -> list[tuple[float, NotebookN
     client.widget_registry["@jupyter-widgets/output"]["OutputModel"] = SilentOutput
     # Kernels that share a history can lock each other out of it, and say so in a cell's output.
     with TemporaryDirectory(prefix="attnlab-") as own:
-        environment = os.environ | KERNEL_ENVIRONMENT | {"IPYTHONDIR": own}
+        environment = os.environ | KERNEL_ENVIRONMENT | {"IPYTHONDIR": own} | variables
         try:
             client.execute(env=environment, stderr=subprocess.DEVNULL, cleanup_kc=True)
         except (CellControlSignal, DeadKernelError) as error:

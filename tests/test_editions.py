@@ -160,17 +160,44 @@ def test_the_catalogue_is_that_of_the_file_where_there_is_one(student, monkeypat
         catalogue.cache_clear()
 
 
-def test_the_students_first_chapter_runs_with_the_students_library(student, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(student))
+def test_the_students_first_chapter_runs_with_the_students_library(student):
     notebook = builder.read_notebook(student / "chapters" / "00_start_here.ipynb")
     notebook.cells.insert(0, builder.nbformat.v4.new_code_cell("import attnlab\nattnlab.__file__"))
-    builder.execute(notebook, student / "chapters")
+    builder.execute(notebook, student / "chapters", PYTHONPATH=str(student))
     assert str(student) in str(notebook.cells[0].outputs)
     assert "start.normalize: not attempted" in str(notebook.cells)
 
 
-def test_the_teachers_first_chapter_runs():
-    assert editions.run(editions.solved(builder.read_notebook(NOTEBOOKS[0]))) > 0
+def test_the_teachers_first_chapter_runs(teacher, tmp_path):
+    teacher.extractall(tmp_path)
+    chapter = tmp_path / "attnlab" / "chapters" / NOTEBOOKS[0].name
+    assert editions.run(chapter, "correct") > 0
+    with pytest.raises(builder.BuildError, match="expected 'not attempted'"):
+        editions.run(chapter, "not attempted")
+
+
+def test_a_chapter_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run(chapter, verdict):
+        assert (chapter.parents[1] / "a").read_bytes() == b"1"
+        ran.append((chapter.stem[:2], verdict))
+        if chapter.stem.startswith("01"):
+            raise builder.BuildError("no luck")
+        return 2.0
+
+    monkeypatch.setattr(editions, "run", run)
+    for edition in ("student", "teacher"):
+        monkeypatch.setattr(editions, edition, lambda: [("a", b"1")])
+    assert editions.main(["--out", str(tmp_path), "--execute", "01", "02"]) == 1
+    assert ran == [("01", "not attempted"), ("02", "not attempted"),
+                   ("01", "correct"), ("02", "correct")]  # fmt: skip
+    said = capsys.readouterr()
+    assert "attnlab-teacher, 02_non_local: 2 s" in said.out
+    assert "attnlab-student, 01_attention failed.\nno luck" in said.err
+    assert editions.main(["--out", str(tmp_path), "--execute", "00"]) == 0
+    assert editions.main(["--out", str(tmp_path), "--execute", "77"]) == 1
+    assert "There is no chapter '77'" in capsys.readouterr().err
 
 
 def test_the_command_writes_both_the_same_every_time(tmp_path, monkeypatch):
