@@ -11,6 +11,7 @@ state_dicts load strictly: queries and keys of DANet have C/8 channels, and its 
 a softmax of *minus* the similarities. Ours is that "fused" never stores the N×N weights.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -29,9 +30,10 @@ from attnlab.probe import Probe
 CHANNEL_MODES = ("code", "paper", "cosine")
 LEAKY = partial(nn.LeakyReLU, 0.01)  # after a BatchNorm, what OCNet's code calls ABN
 FUSED_WIDTH = 64  # the least width at which the fused form cuts wider values into heads
-# On a CPU, where the values are wider than the queries, "auto" takes the fused form from this many
-# scores (N²) on: it is the slower one there, but needs no room for them. 4,096 positions, 64 MiB.
-CPU_FUSED_FROM = 2**24
+# "auto" on a CPU: the scores from which on it takes the fused form. Of a whole batch, where values
+# are as wide as queries; of an image, N², where they are wider: the fused form is the slower one
+# there, but needs no room for the scores. 4,096 positions, 64 MiB.
+CPU_FUSED_FROM = {"equal": 2**19, "wider": 2**24}
 
 
 def position_attention(
@@ -57,18 +59,28 @@ def position_attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_map(x, name=name)
     height, dv = q.shape[-2], v.shape[1]
-    q, k, v = (rearrange(x, "b c h w -> b 1 (h w) c").contiguous() for x in (q, k, v))
-    check_inputs(q, k, v, None)
-    if impl == "auto" and q.device.type == "cpu" and q.shape[-1] != dv:
-        impl = "explicit" if q.shape[-2] * k.shape[-2] < CPU_FUSED_FROM else "fused"
-    if impl in ("auto", "fused"):
+    impl = _fastest(q, k, v) if impl == "auto" else impl
+    keys, v = (rearrange(x, "b c h w -> b 1 (h w) c").contiguous() for x in (k, v))
+    q = keys if q is k else rearrange(q, "b c h w -> b 1 (h w) c").contiguous()
+    check_inputs(q, keys, v, None)
+    if impl == "fused" and q.shape[-1] != dv:
         width = max(q.shape[-1], min(dv, FUSED_WIDTH))
         heads = -(-dv // width)
-        q, k = (F.pad(x, (0, width - x.shape[-1])).expand(-1, heads, -1, -1) for x in (q, k))
+        q, keys = (F.pad(x, (0, width - x.shape[-1])).expand(-1, heads, -1, -1) for x in (q, keys))
         v = F.pad(v, (0, heads * width - dv))
         v = rearrange(v, "b 1 n (h d) -> b h n d", h=heads).contiguous()
-    out = scaled_dot_product_attention(q, k, v, scale=scale, impl=impl)
+    out = scaled_dot_product_attention(q, keys, v, scale=scale, impl=impl)
     return rearrange(out, "b g (h w) d -> b (g d) h w", h=height)[:, :dv]
+
+
+def _fastest(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What `impl="auto"` is for these maps, as measured by `attnlab bench`."""
+    if q.device.type != "cpu":
+        return "fused"
+    scores = math.prod((*q.shape[2:], *k.shape[2:]))
+    if q.shape[1] == v.shape[1]:
+        return "fused" if len(q) * scores >= CPU_FUSED_FROM["equal"] else "explicit"
+    return "fused" if scores >= CPU_FUSED_FROM["wider"] else "explicit"
 
 
 def position_weights(
@@ -342,15 +354,17 @@ class ObjectContext(nn.Module):
         scale = q.shape[1] ** -0.5
         if relation is not None:
             return _weighted(relation[:, None], v)
-        if self.impl == "explicit":
-            mask = None
-            if self.regions > 1:
-                mask = same_region(tuple(v.shape[2:]), self.regions).to(v.device)
+        whole = self.regions == 1
+        impl = _fastest(q, k, v) if self.impl == "auto" and whole else self.impl
+        if impl == "explicit":
+            mask = None if whole else same_region(tuple(v.shape[2:]), self.regions).to(v.device)
             return _weighted(self.attn_probe(position_weights(q, k, scale=scale, mask=mask)), v)
+        if whole:
+            return position_attention(q, k, v, scale=scale, impl=impl)
         rows, columns = (_parts(side, self.regions) for side in v.shape[2:])
         return torch.cat([
             torch.cat([
-                position_attention(*(t[..., r, c] for t in (q, k, v)), scale=scale, impl=self.impl)
+                position_attention(*(t[..., r, c] for t in (q, k, v)), scale=scale, impl=impl)
                 for c in columns
             ], dim=-1)
             for r in rows

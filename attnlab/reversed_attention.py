@@ -33,6 +33,8 @@ IMPLS = ("auto", "explicit", "two_pass", "fused")
 # this many: about where they no longer fit into a CPU's cache, as {device: (form, scores)}.
 # CPU: measured by benchmarks/reversed_attention.py. CUDA: not measured.
 FASTER_FROM = {"cpu": ("two_pass", 8_000_000), "cuda": ("fused", 2**20)}
+# On a CPU without gradients, from so many scores of the call on, if a head's fill a block.
+INFERENCE_FROM = (2**21, 2**19)
 BLOCK_SCORES = 2**19  # the two-pass form holds about this many scores of a head at once, but
 SMALLEST_BLOCK = 16  # no fewer than those of this many children
 
@@ -77,7 +79,7 @@ def reversed_attention(
     _check(q, k, v, head_probs, messages, mask, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     u = _sent(v, head_probs, messages)
-    impl = _fastest(q, k) if impl == "auto" else impl
+    impl = _fastest(q, k, u) if impl == "auto" else impl
     if impl == "explicit":
         return _receive(attention_weights(q, k, mask=mask, scale=scale), u)
     return _reversed_attention(q, k, u, mask, scale, impl == "two_pass")
@@ -225,10 +227,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     return torch.cat(outputs, -1)[..., :dv].to(v.dtype)
 
 
-def _fastest(q: Tensor, k: Tensor) -> str:
-    """What `impl="auto"` is for tensors of these shapes on this device."""
-    form, scores = FASTER_FROM["cuda" if q.is_cuda else "cpu"]
-    return form if math.prod(q.shape[:-1]) * k.shape[-2] >= scores else "explicit"
+def _fastest(q: Tensor, k: Tensor, u: Tensor) -> str:
+    """What `impl="auto"` is for tensors of these shapes on this device, in this grad mode."""
+    form, least = FASTER_FROM["cuda" if q.is_cuda else "cpu"]
+    head = q.shape[-2] * k.shape[-2]
+    scores = math.prod(q.shape[:-2]) * head
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, u))
+    if not (trains or q.is_cuda) and scores >= INFERENCE_FROM[0] and head >= INFERENCE_FROM[1]:
+        return form
+    return form if scores >= least else "explicit"
 
 
 def _check_impl(impl: str) -> None:

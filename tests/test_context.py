@@ -101,10 +101,23 @@ def test_auto_is_explicit_on_a_cpu_while_the_weights_are_small(monkeypatch):
         context, "scaled_dot_product_attention",
         lambda *a, impl, **k: took.append(impl) or attend(*a, impl=impl, **k),
     )  # fmt: skip
-    monkeypatch.setattr(context, "CPU_FUSED_FROM", 12**2)
-    for dv, size, expected in ((8, (3, 3), "explicit"), (8, (3, 4), "fused"), (4, (3, 3), "auto")):
+    monkeypatch.setattr(context, "CPU_FUSED_FROM", {"equal": 2 * 9**2 + 1, "wider": 12**2})
+    for dv, size, expected in (
+        (8, (3, 3), "explicit"), (8, (3, 4), "fused"),
+        (4, (3, 3), "explicit"), (4, (3, 4), "fused"),  # here the batch of two counts
+    ):  # fmt: skip
         position_attention(*maps(4, 4, dv, size=size))
         assert took.pop() == expected
+
+
+def test_queries_that_are_the_keys_are_copied_once():
+    q, v = maps(8, 8, dtype=torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.data_ptr()) or x, lambda x: x
+    ):
+        position_attention(q.requires_grad_(), q, v, impl="fused")
+    assert len(kept) > len(set(kept))
 
 
 def test_position_attention_module_is_the_formula(device):
