@@ -45,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = commands.add_parser("results", help="compute the tables in results/")
     results.add_argument("names", nargs="*", help="tables, like 01_attention.positions; else all")
     results.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2")
+    results.add_argument(
+        "--confirm",
+        action="store_true",
+        help="keep stale tables whose first seed gives the same numbers again",
+    )
     grade = commands.add_parser("grade", help="grade a folder of learners' notebooks or scripts")
     grade.add_argument("folder", type=Path, help="each .ipynb and .py below it is a submission")
     grade.add_argument("--out", type=Path, default=Path("grades.csv"), help="default: grades.csv")
@@ -77,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError, ModuleNotFoundError) as error:
             video.error(str(error))
     if chosen.command == "results":
-        return compute_results(chosen.names, chosen.seeds)
+        return compute_results(chosen.names, chosen.seeds, chosen.confirm)
     if chosen.command == "grade":
         from attnlab.lab.grading import main as grade_submissions
 
@@ -85,11 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return load_alone("attnlab_doctor", PACKAGE / "lab" / "doctor.py").main()
 
 
-def compute_results(names: list[str], seeds: list[int] | None) -> int:
+def compute_results(names: list[str], seeds: list[int] | None, confirm: bool) -> int:
     """Run the experiments behind the named tables, or behind all."""
     from attnlab.lab import results
 
-    return results.main(names, seeds or results.SEEDS)
+    return results.main(names, seeds or results.SEEDS, confirm)
 
 
 def annotate_video(source: str, out: str, model: str, size: int) -> int:

@@ -181,6 +181,28 @@ def test_main_makes_what_is_not_current(chapter, capsys, monkeypatch):
     assert results.load("99_test.coin")["seeds"] == [0, 1, 2, 5]
 
 
+def test_a_stale_table_is_kept_where_its_first_seed_is_the_same(chapter, capsys):
+    kept = results.run("99_test.coin", progress=False)
+    rewrite(chapter, "if rows is None or row in rows}", "if rows is None or row in set(rows)}")
+    assert results.main(["99_test.coin"], confirming=True) == 0
+    assert "99_test.coin: same" in capsys.readouterr().out
+    assert results.status("99_test.coin") == "current"
+    found = results.load("99_test.coin")
+    assert found.pop("code_sha256") != kept.pop("code_sha256")
+    assert found == kept
+    assert sys.modules["attnlab.lab.experiments.ch99"].CALLS == [("coin", 0)]  # and no other seed
+
+
+def test_a_stale_table_with_other_numbers_stays_stale(chapter, capsys):
+    kept = results.run("99_test.coin", progress=False)
+    rewrite(chapter, "0.5", "0.4")
+    assert results.main(confirming=True) == 1
+    out = capsys.readouterr().out
+    assert "99_test.coin: other numbers\n  fair, heads: 0.5 → 0.4\n" in out
+    assert results.status("99_test.coin") == "stale"
+    assert results.load("99_test.coin") == kept
+
+
 def test_bad_arguments_and_numbers_are_named(chapter, tmp_path):
     for function in (results.run, results.main, lambda name: results.rerun(name, 0)):
         with pytest.raises(ValueError, match=r"name='99_test.coins': expected one of \['99_test"):
