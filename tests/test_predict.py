@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from attnlab import cli
-from attnlab.lab import checkpoints, data, predict
+from attnlab.lab import checkpoints, data, panels, plots, predict
 from attnlab.lab.files import data_dir
 from attnlab.lab.trained import open_trained
 
@@ -80,8 +81,8 @@ def test_every_bundled_checkpoint_is_listed_here():
 def test_what_is_drawn_of_each_bundled_model(name, device):
     trained = open_trained(name, device)
     seen = data.photo("dogs")
-    answer, panels = predict._panels(trained, predict.Seen(seen, predict.as_input(seen, trained)))
-    for panel, title in zip(panels, SHOWN[name], strict=True):
+    answer, drawn = predict._panels(trained, predict.Seen(seen, predict.as_input(seen, trained)))
+    for panel, title in zip(drawn, SHOWN[name], strict=True):
         assert title in panel.title
     assert re.search(r"\d+%|[\d.]+ px", answer)
 
@@ -99,6 +100,47 @@ def test_the_picture_is_written(name, shape, tmp_path):
     assert 200 < min(pixels.shape[:2]) <= max(pixels.shape[:2]) < 2_500
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
     assert [path.name for path in out.parent.iterdir()] == ["out.png"], "no temporary file is left"
+
+
+@pytest.mark.parametrize("shape", [(25, 100), (50, 100), (100, 100), (400, 100)])
+def test_no_word_lies_on_another_or_outside(shape):
+    """Of eight bars with colors and a map, beside a picture that is flat, square or tall."""
+    picture = torch.rand(3, *shape)
+    shares = {f"household {n}": 0.1 * n for n in range(1, 9)}
+    every = [
+        panels.bars("how likely each class is there", shares, ["red"] * 8),
+        panels.map_over("attention, last block, head 0", torch.rand(4, 4), picture),
+    ]
+    with plots.style():
+        figure = panels.arrange(every * 3, picture)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    boxes = [
+        text.get_window_extent(canvas.get_renderer())
+        for ax in figure.axes
+        for text in (ax.title, *ax.texts)
+    ]
+    assert len(boxes) == 3 * (17 + 1)
+    for n, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+        for other in boxes[:n]:
+            across = min(box.x1, other.x1) - max(box.x0, other.x0)
+            down = min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert across <= 0 or down <= 3, "letters of two lines touch"  # of the lines' boxes
+
+
+def test_classes_are_tinted_in_their_colors():
+    logits = torch.zeros(1, 3, 2, 2)
+    logits[0, [0, 1, 2, 0], [0, 0, 1, 1], [0, 1, 0, 1]] = 1.0
+    picture = torch.full((3, 2, 2), 0.5)
+    found = panels.tinted(logits, ["white", "red", "blue"], picture)
+    assert found[:, 0, 0].tolist() == found[:, 1, 1].tolist() == [0.5] * 3
+    assert found[:, 0, 1].tolist() == [0.75, 0.25, 0.25]
+    assert found[:, 1, 0].tolist() == [0.25, 0.25, 0.75]
+    dimmed = panels.tinted(logits[:, :2], [], picture)
+    assert dimmed[:, 0, 1].tolist() == [0.5] * 3
+    assert dimmed[:, 0, 0].tolist() == [0.125] * 3
 
 
 def test_the_probabilities_are_the_models(file):
@@ -199,10 +241,10 @@ def saved(path: Path, factory: str, arguments: dict, size: int, name: str):
 def test_other_models_show_what_they_have(factory, arguments, titles, tmp_path, file):
     trained = saved(tmp_path / "model", factory, arguments, 64, "scenes")
     seen = predict.read_picture(file)
-    _, panels = predict._panels(trained, predict.Seen(seen, predict.as_input(seen, trained)))
-    for panel, title in zip(panels, titles, strict=True):
+    _, drawn = predict._panels(trained, predict.Seen(seen, predict.as_input(seen, trained)))
+    for panel, title in zip(drawn, titles, strict=True):
         assert title in panel.title
-    assert len(predict._figure(panels, seen).axes) == len(titles), "all of them can be drawn"
+    assert len(panels.arrange(drawn, seen).axes) == len(titles), "all of them can be drawn"
 
 
 def test_a_model_of_imagenet_gets_its_colors_and_says_its_names(tmp_path, file):

@@ -7,16 +7,15 @@ superpixels, a segmentation, the flow.
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -34,21 +33,20 @@ from attnlab.lab.data.clips import OBJECTS
 from attnlab.lab.experiments.ch07 import FlowBetween
 from attnlab.lab.files import atomic_write
 from attnlab.lab.gradcam import gradcam
+from attnlab.lab.panels import MOST_STRETCHED, Panel, arrange, bars, map_over, show, tinted
 from attnlab.lab.superpixel_metrics import boundaries
 from attnlab.lab.trained import Trained, open_trained, where_it_looks
 from attnlab.lab.tree_explorer import draw_tree
-from attnlab.lab.video_file import draw as draw_segmentation
+from attnlab.lab.video_file import COLORS
 from attnlab.patchconvnet import PatchConvNet
 from attnlab.probe import record
 from attnlab.resnet import ResNet
 from attnlab.spformer import SPFormer, SuperpixelSegmenter, to_superpixels
 
 MOST_PIXELS = 1024  # of a side of the picture that is drawn on
-MOST_STRETCHED = 4  # a longer side than so many shorter ones is squeezed
 MOST_BARS = 8
 MOST_HEADS = 4
 LEAST_SHARE = 0.3  # of a class that is painted
-COLUMNS = 4
 DOTS = 100  # an inch
 
 
@@ -57,13 +55,6 @@ class Seen(NamedTuple):
 
     picture: Tensor
     inputs: Tensor
-
-
-class Panel(NamedTuple):
-    """A title and what draws into the axes below it."""
-
-    title: str
-    draw: Callable[[Any], None]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -102,7 +93,7 @@ def predict(image: str | os.PathLike, trained: Trained, out: str | os.PathLike) 
     height, width = seen.inputs.shape[2:]
     title = f"{Path(image).name}\nthe model sees {width}×{height} px"
     with plots.style():
-        figure = _figure([Panel(title, lambda ax: _show(ax, picture)), *panels], picture)
+        figure = arrange([Panel(title, lambda ax: show(ax, picture)), *panels], picture)
         figure.suptitle(f"{trained.name}: {answer}", fontsize=13)
         with atomic_write(out) as temporary:
             figure.savefig(temporary, dpi=DOTS)
@@ -186,11 +177,13 @@ def _classes(trained: Trained, scores: Tensor, seen: Seen) -> tuple[str, list[Pa
     order = shares.argsort(descending=True).tolist()
     best = order[0]
     title = "how likely each class is there" if several else "probability"
-    panels = [_bars(title, {names[n]: shares[n].item() for n in order[:MOST_BARS]})]
+    panels = [bars(title, {names[n]: shares[n].item() for n in order[:MOST_BARS]})]
     if isinstance(model, PatchConvNet) and model.multiclass:
         maps = model.maps(seen.inputs, normalize=True)[0].detach().cpu()
         for n in order[:3]:
-            panels.append(_map(f"the map of “{names[n]}”, {shares[n]:.0%}", maps[n], seen.picture))
+            panels.append(
+                map_over(f"the map of “{names[n]}”, {shares[n]:.0%}", maps[n], seen.picture)
+            )
         panels += _painted(maps, shares, names, seen.picture)
     else:
         target = torch.tensor([best], device=seen.inputs.device)
@@ -198,10 +191,10 @@ def _classes(trained: Trained, scores: Tensor, seen: Seen) -> tuple[str, list[Pa
             title = f"{name} for “{names[best]}”" if name == "Grad-CAM" else name
             map = found[0].cpu()
             least = map.min().item() if name.startswith("spatial gate") else 0.0
-            panels.append(_map(title, map, seen.picture, least))
+            panels.append(map_over(title, map, seen.picture, least))
     if isinstance(model, ResNet) and len(order) > 1:
         cam = gradcam(model, "layer4", seen.inputs, order[1])[0].cpu()
-        panels.insert(2, _map(f"Grad-CAM for “{names[order[1]]}”", cam, seen.picture))
+        panels.insert(2, map_over(f"Grad-CAM for “{names[order[1]]}”", cam, seen.picture))
     if isinstance(model, VisionTransformer):
         panels += _heads(model, seen)
     if isinstance(model, DependencyViT):
@@ -219,7 +212,7 @@ def _painted(maps: Tensor, shares: Tensor, names: list[str], picture: Tensor) ->
     painted = color_by_class(picture, maps, shares, LEAST_SHARE)
 
     def draw(ax) -> None:
-        _show(ax, painted)
+        show(ax, painted)
         keys = [Patch(color=CLASS_COLORS[n], label=names[n]) for n in there]
         ax.legend(handles=keys, loc="lower left", frameon=True, fontsize=9)
 
@@ -236,7 +229,7 @@ def _heads(model: VisionTransformer, seen: Seen) -> list[Panel]:
     weights = list(maps.values())[-1][0, :MOST_HEADS, 0, model.num_prefix_tokens :].cpu()
     weights = rearrange(weights, "n (h w) -> n h w", h=rows)
     titles = (f"attention, last block, head {n}" for n in range(len(weights)))
-    return [_map(*both, seen.picture) for both in zip(titles, weights, strict=True)]
+    return [map_over(*both, seen.picture) for both in zip(titles, weights, strict=True)]
 
 
 def _dependencies(model: DependencyViT, seen: Seen) -> list[Panel]:
@@ -253,7 +246,7 @@ def _dependencies(model: DependencyViT, seen: Seen) -> list[Panel]:
         panels.append(Panel("who sends to whom\n(a square is a root)", draw))
     for block in (1, len(model.blocks) // 2):
         gate = trace.messages[block - 1, 0, trace.num_prefix_tokens :].unflatten(0, trace.grid)
-        panels.append(_map(f"gate of block {block}", gate.cpu(), seen.picture, most=1.0))
+        panels.append(map_over(f"gate of block {block}", gate.cpu(), seen.picture, most=1.0))
     return panels
 
 
@@ -269,10 +262,8 @@ def _superpixels(model: SPFormer, seen: Seen) -> list[Panel]:
     means = (sums / count.clamp(min=1))[:, large]
     found = int((count > 0).sum())
     return [
-        Panel(
-            f"{found} superpixels", lambda ax: _show(ax, torch.where(edges, color, seen.picture))
-        ),
-        Panel("the mean color of each", lambda ax: _show(ax, means)),
+        Panel(f"{found} superpixels", lambda ax: show(ax, torch.where(edges, color, seen.picture))),
+        Panel("the mean color of each", lambda ax: show(ax, means)),
     ]
 
 
@@ -286,28 +277,22 @@ def _segmentation(trained: Trained, logits: Tensor, seen: Seen) -> tuple[str, li
     area = F.one_hot(logits[0].argmax(0), count).float().mean((0, 1))
     order = area.argsort(descending=True, stable=True).tolist()
     thing = 1 - logits.softmax(1)[0, 0]
+    listed = order[:MOST_BARS]
+    colors = ["white", *(COLORS[n % len(COLORS)] for n in range(count - 1))] if count > 2 else []
+    painted = tinted(logits, colors, seen.picture)
     panels = [
-        _bars("share of the pixels", {names[n]: area[n].item() for n in order[:MOST_BARS]}),
-        Panel("what is not background", lambda ax: _show(ax, _tinted(logits, seen))),
-        _map("probability of not being background", thing, seen.picture, most=1.0),
+        bars(
+            "share of the pixels",
+            {names[n]: area[n].item() for n in listed},
+            [colors[n] for n in listed if colors],
+        ),
+        Panel("what is not background", lambda ax: show(ax, painted)),
+        map_over("probability of not being background", thing, seen.picture, most=1.0),
     ]
     if isinstance(trained.model, SuperpixelSegmenter):
         panels += _superpixels(trained.model.backbone, seen)
     things = [f"{names[n]} on {area[n]:.0%}" for n in order if n and area[n] >= 0.01]
     return f"{', '.join(things[:3]) or 'nothing on any'} of the pixels", panels
-
-
-def _tinted(logits: Tensor, seen: Seen) -> Tensor:
-    """The picture with its classes named; with one class alone, its background is dimmed."""
-    height, width = seen.picture.shape[1:]
-    if logits.shape[1] == 2:
-        logits = F.interpolate(logits, (height, width), mode="bilinear")
-        return torch.where(logits[0].argmax(0) > 0, seen.picture, 0.25 * seen.picture.mean(0))
-    scale = max(1, round(MOST_PIXELS / max(height, width)))  # so that the names are sharp
-    large = F.interpolate(seen.picture[None], scale_factor=scale, mode="bilinear")[0]
-    frame = (rearrange(large, "c h w -> h w c") * 255).round().byte().numpy()
-    drawn = draw_segmentation(frame, tuple(seen.inputs.shape[2:]), logits)
-    return rearrange(torch.from_numpy(drawn.copy()), "h w c -> c h w") / 255
 
 
 def _flow(flow: Tensor, seen: Seen) -> tuple[str, list[Panel]]:
@@ -318,66 +303,16 @@ def _flow(flow: Tensor, seen: Seen) -> tuple[str, list[Panel]]:
 
     def arrows(ax) -> None:
         height, width = seen.picture.shape[1:]
-        _show(ax, seen.picture)
+        show(ax, seen.picture)
         y, x = ((np.arange(n) + 0.5) / n * side for n, side in ((rows, height), (columns, width)))
         ax.quiver(x, y, *flow.numpy(), color="#ffe600", angles="xy", width=0.004)
 
     right = flow[0].median().item()
     panels = [
         Panel("the flow to the image two px further right", arrows),
-        _map("flow to the right, cells", flow[0].clamp(min=0), seen.picture),
+        map_over("flow to the right, cells", flow[0].clamp(min=0), seen.picture),
     ]
     return f"to the right by {right * cell:.1f} px in the median, where 2 is exact", panels
-
-
-def _bars(title: str, shares: dict[str, float]) -> Panel:
-    def draw(ax) -> None:
-        ax.barh(range(len(shares)), list(shares.values()), color=plots.COLORS[5])
-        for place, (name, share) in enumerate(shares.items()):
-            ax.text(-0.04, place, name, ha="right", va="center")
-            ax.text(share + 0.03, place, f"{share:.1%}", va="center", fontsize=9)
-        ax.set(xlim=(-1, 1.3), ylim=(max(len(shares), 6) - 0.5, -0.5))
-        ax.axis("off")
-
-    return Panel(title, draw)
-
-
-def _map(
-    title: str, map: Tensor, picture: Tensor, least: float = 0.0, most: float | None = None
-) -> Panel:
-    """A map `(h, w)` over the gray photograph, from `least` to `most` or its own largest weight."""
-    most = most or map.max().item() or 1.0
-
-    def draw(ax) -> None:
-        _show(ax, picture.mean(0).expand(3, -1, -1))
-        extent = (-0.5, picture.shape[2] - 0.5, picture.shape[1] - 0.5, -0.5)
-        ax.imshow(map.numpy(), cmap="inferno", vmin=least, vmax=most, alpha=0.6, extent=extent)
-
-    return Panel(f"{title}\nfrom {least:.2g} to {most:.2g}", draw)
-
-
-def _show(ax, picture: Tensor) -> None:
-    ax.imshow(
-        rearrange(picture, "c h w -> h w c").clamp(0, 1).numpy(),
-        aspect="auto",
-        interpolation="antialiased",
-    )
-    ax.axis("off")
-
-
-def _figure(panels: list[Panel], picture: Tensor) -> Figure:
-    """The panels in rows of at most `COLUMNS`, each of the picture's shape."""
-    columns = min(COLUMNS, len(panels))
-    rows = -(-len(panels) // columns)
-    shape = min(max(picture.shape[1] / picture.shape[2], 1 / MOST_STRETCHED), MOST_STRETCHED)
-    width = min(3.2, 4.2 / shape)  # inches, so that a tall picture is not larger than others
-    figure = Figure(figsize=(max(width, 2.2) * columns, (width * shape + 0.5) * rows + 0.4))
-    for place, panel in enumerate(panels, 1):
-        ax = figure.add_subplot(rows, columns, place)
-        panel.draw(ax)
-        ax.set(aspect="auto", title=panel.title)
-        ax.set_box_aspect(shape)
-    return figure
 
 
 def _parser() -> argparse.ArgumentParser:
