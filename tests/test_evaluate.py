@@ -59,8 +59,10 @@ def test_a_stopped_training_goes_on_and_is_measured(
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save", save_once)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit) as stop:
             train(model, name, stopped)
+    assert stop.value.code == 130
+    assert f"stopped; the same command goes on with {stopped}\n" in capsys.readouterr().err
     assert len((stopped / "log.jsonl").read_text().splitlines()) == 1
     train(model, name, stopped)
     expected = load_file(whole / "model.safetensors")
@@ -164,8 +166,10 @@ def test_a_run_on_imagenets_layout(root, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ("vit_mini", "checkpoint 'vit_mini': no "),
-    ("nowhere/model", "checkpoint 'nowhere/model': no "),
+    ("vit_mini", "model='vit_mini': expected a bundled checkpoint, the path of one, or the folder"),
+    ("vit_mini", "there are ['clip_flow'"),
+    ("nowhere/model", "of a run (checkpoint 'nowhere/model': no "),
+    ("vit_mini_parts --device gpu", "device='gpu': expected one that is here (Expected one of cpu"),
     ("vit_mini_parts --data scenes", "data='scenes': expected parts, which vit_mini_parts was tr"),
     ("vit_mini_parts --split test_scenes", "split='test_scenes': expected one of ('train', 'val"),
     ("vit_mini_parts --root data", "root='data': expected none with bundled data"),

@@ -275,15 +275,22 @@ def test_the_command_trains_on_bundled_data(tmp_path, monkeypatch, capsys):
     ("vit_mini --data parts --mixup 1", "--data='parts': expected imagenet, with ['mixup']"),
     ("vit_mini --data parts --option depth", "expected NAME=VALUE, got 'depth'"),
     ("vit_mini --data parts --epochs 0", "epochs=0: expected an integer ≥ 1"),
-    ("vit_minimal --data parts", "model='vit_minimal': expected a name that timm knows"),
+    ("vit_minimal --data parts", "model='vit_minimal': expected a name that timm knows, such as"),
+    ("vit_minni --data parts", "a name that timm knows, such as vit_mini"),
+    ("vit_mini --data parts --img-size 60", "img_size=60: vit_mini cannot read such images (image"),
+    ("vit_tiny_patch16_224 --data parts --option depth=1", "--option img_size=64"),
+    ("vit_mini --data parts --run-dir file", "Not a directory: 'file/"),
     ("vit_mini --data parts --epochs 2 --warmup-epochs 2", "warmup=1.0: expected a number in"),
 ])  # fmt: skip
-def test_the_command_says_what_is_wrong(words, message, capsys, monkeypatch):
+def test_the_command_says_what_is_wrong(words, message, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(train_command.data, "load", partial(data.load, n=4))
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
     with pytest.raises(SystemExit) as stop:
         train_command.main(words.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+    assert not Path("runs").exists() or "warmup" in words, "nothing is written"
 
 
 def test_option_values_are_literals_or_text():

@@ -205,12 +205,17 @@ def test_another_configuration_is_refused_and_named(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.5
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+@pytest.mark.parametrize(("file", "text"), [
+    ("last.safetensors", "no tensors"), ("config.json", "{"), ("log.jsonl", "{}\n"),
+    ("log.jsonl", "\0\0\n"),
+])  # fmt: skip
+def test_a_damaged_file_of_a_run_is_named(file, text, tmp_path):
     options = {"steps": 2, "run_dir": tmp_path, "device": "cpu", "progress": False}
     train.fit(network(), images(), **options)
-    (tmp_path / "last.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match=r"last.safetensors is damaged .* resume=False"):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=rf"{file} is damaged .* resume=False \(--no-resume\)"):
         train.fit(network(), images(), **options)
+    train.fit(network(), images(), **options, resume=False)
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, device):

@@ -133,7 +133,8 @@ def info(name_or_path: str | os.PathLike) -> dict[str, Any]:
         card = json.loads(sidecar.read_text(encoding="utf-8"))
         missing = sorted(CARD - card.keys())
     except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{sidecar} is damaged ({error}); restore it with git checkout") from error
+        mend = "restore it with git checkout, or give the command again that trained the model"
+        raise ValueError(f"{sidecar} is damaged ({error}); {mend}") from error
     require(not missing, "sidecar", str(sidecar), f"it to have {missing}")
     return card
 

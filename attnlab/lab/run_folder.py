@@ -41,8 +41,14 @@ class RunFolder:
         return f"step {self.saved_step} in {self.state_file}" if self.saved_step else "none yet"
 
     def check(self) -> None:
-        """Raise ValueError naming every argument in which the run that is here differs."""
-        before = json.loads(self.config_file.read_text()) if self.exists() else self.config
+        """Raise ValueError naming every argument in which the run that is here differs.
+
+        Also where its configuration cannot be read.
+        """
+        try:
+            before = json.loads(self.config_file.read_text()) if self.exists() else self.config
+        except ValueError as error:
+            raise _damaged(self.config_file, error) from error
         different = [
             f"{name}={self.config.get(name)!r} where that run has {before.get(name)!r}"
             for name in sorted({*before, *self.config})
@@ -51,7 +57,8 @@ class RunFolder:
         if different:
             raise ValueError(
                 f"run_dir={str(self.path)!r} holds a run with other arguments: "
-                f"{'; '.join(different)}. Choose another run_dir, or start over with resume=False"
+                f"{'; '.join(different)}. Choose another run_dir, or start over with resume=False "
+                "(--no-resume)"
             )
 
     def start(self) -> None:
@@ -68,12 +75,15 @@ class RunFolder:
                 file.write(json.dumps(entry) + "\n")
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Cut the log behind `step`, and return what is left."""
+        """Cut the log behind `step`, and return what is left. ValueError when it is damaged."""
         lines = (
             self.log_file.read_text().splitlines(keepends=True) if self.log_file.exists() else []
         )
-        complete = [json.loads(line) for line in lines if line.endswith("\n")]
-        entries = [entry for entry in complete if entry["step"] <= step]
+        try:
+            complete = [json.loads(line) for line in lines if line.endswith("\n")]
+            entries = [entry for entry in complete if entry["step"] <= step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(self.log_file, error) from error
         if self.writes:
             with atomic_write(self.log_file) as temporary:
                 temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -117,9 +127,7 @@ class RunFolder:
                 metadata = json.loads(file.metadata()["attnlab"])
                 values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.state_file} is damaged ({error}); start over with resume=False"
-            ) from error
+            raise _damaged(self.state_file, error) from error
         parts: dict[str, dict[str, Any]] = defaultdict(dict)
         for key, value in (values | metadata["others"]).items():
             part, _, name = key.partition("/")
@@ -139,3 +147,7 @@ class RunFolder:
         if self.writes:
             last = metrics[-1] if metrics else {}
             write_json(self.metrics_file, {**last, "seconds": round(seconds, 1)})
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} is damaged ({error}); start over with resume=False (--no-resume)")

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from attnlab.lab import checkpoints, data, imagenet
 from attnlab.lab.arguments import require, whole
@@ -62,8 +64,10 @@ def main(arguments: Sequence[str]) -> int:
         else:
             require(not given, "--data", name, f"imagenet, with {sorted(given)}")
             history = bundled(model, name, run_dir, **chosen)
-    except (ValueError, FileNotFoundError, TrainingDiverged) as error:
-        parser.error(str(error))
+    except (ValueError, OSError, TrainingDiverged) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")  # without thirty lines of options
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: stopped; the same command goes on with {run_dir}\n")
     print(f"{run_dir}: {history.metrics[-1]}")
     return 0
 
@@ -92,6 +96,7 @@ def bundled(
     seed_everything(seed)
     arguments = {"num_classes": samples.num_classes, **(options or {})}
     network = imagenet.create(model, arguments)
+    _try(network, model, samples.batch(range(2))["image"])
     history = fit(
         network, samples, epochs=epochs, batch_size=batch_size, warmup=warmup_epochs / epochs,
         augment=flip_and_shift, seed=seed, run_dir=run_dir,
@@ -106,6 +111,19 @@ def bundled(
             probe_image={"shape": [1, 3, img_size, img_size], "seed": 0},
         )  # fmt: skip
     return history
+
+
+@torch.no_grad()
+def _try(network: nn.Module, model: str, images: Tensor) -> None:
+    """Raise ValueError, before anything is written, where the network cannot read the images."""
+    try:
+        network.eval()(images)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        side = images.shape[-1]
+        raise ValueError(
+            f"img_size={side}: {model} cannot read such images ({error}). Try another --img-size, "
+            f"or --option img_size={side}"
+        ) from error
 
 
 def _parser() -> argparse.ArgumentParser:

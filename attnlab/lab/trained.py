@@ -21,6 +21,7 @@ from attnlab.lab import checkpoints
 from attnlab.lab.arguments import require
 from attnlab.lab.data.samples import as_size
 from attnlab.lab.gradcam import gradcam
+from attnlab.lab.train import join
 from attnlab.patchconvnet import PatchConvNet
 from attnlab.probe import Probe, attention_rollout, record
 from attnlab.resnet import ResNet
@@ -73,11 +74,17 @@ def open_trained(source: str | os.PathLike, device: torch.device | str = "cpu") 
     """Load the model that `source` names.
 
     source: a bundled checkpoint's name, the path of one, or the folder of a run of `attnlab train`.
-    Raises ValueError where there is none, where the run has not ended, and as `checkpoints.load`.
+    Raises ValueError where there is none, where the run has not ended, for a device that is not
+    here, and as `checkpoints.load`.
     """
     path = Path(source)
+    device, *_ = join(device)
     if not path.is_dir():
-        card = checkpoints.info(source)
+        try:
+            card = checkpoints.info(source)
+        except ValueError as error:
+            expected = "a bundled checkpoint, the path of one, or the folder of a run"
+            raise ValueError(f"model={str(source)!r}: expected {expected} ({error})") from error
         return Trained(checkpoints.load(source, device), path.stem, card, None)
     expected = "a checkpoint, or the folder of a run of `attnlab train`"
     require((path / "config.json").exists(), "model", str(source), expected)
