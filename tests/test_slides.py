@@ -4,6 +4,7 @@ import importlib
 import re
 import sys
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -37,7 +38,13 @@ MEASURE = """() => [...document.querySelectorAll(".slides > section > section")]
     if (prints) smallest = Math.min(smallest, parseFloat(getComputedStyle(part).fontSize));
   }
   const things = slide.querySelectorAll(":scope > :not(.notes, .continued)").length;
-  return { i, right, bottom, smallest, things, text: slide.textContent.slice(0, 60) };
+  const headed = slide.querySelector("h1, h2, h3, h4, .continued") !== null;
+  // Of a table that goes on here: its rows, and in every case those of the slide's last table.
+  const goesOn = ":scope > .continued + table, :scope > .continued + * > table";
+  const left = slide.querySelector(goesOn)?.tBodies[0].rows.length;
+  const rows = [...slide.querySelectorAll("table")].at(-1)?.tBodies[0].rows.length;
+  const text = slide.textContent.slice(0, 60);
+  return { i, right, bottom, smallest, things, headed, left, rows, text };
 })"""
 
 
@@ -174,6 +181,9 @@ def test_no_slide_overflows_and_all_is_readable(lectures, browser, path):
     small = [s for s in measured if s["smallest"] and s["smallest"] < SMALLEST]
     assert not small, small
     assert not [s for s in measured if s["things"] == 0]
+    assert not [s for s in measured if not s["headed"]]
+    for one, other in pairwise(measured):  # what is left of a table is more than a row
+        assert not (other.get("left") == 1 and (one.get("rows") or 0) > 3), other
 
 
 @needs_browser

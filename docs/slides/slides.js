@@ -8,7 +8,7 @@ const [ABOVE, BESIDE, BELOW] = [34, 56, 30]; // the margins, as in slides.css
 const [WIDTH, HEIGHT] = [1280 - 2 * BESIDE, 720 - ABOVE - BELOW];
 const SMALLEST = 16 / 21; // of a wide table: 16 pixels
 
-const matches = (element, selector) => element.matches?.(selector) ?? false;
+const matches = (element, selector) => element?.matches?.(selector) ?? false;
 const isHeading = (element) => matches(element, "h1, h2, h3, h4");
 
 function element(name, className, children) {
@@ -98,6 +98,10 @@ function cut(block, fits) {
   const restList = matches(rest, "ul, ol, pre") ? rest : rest.querySelector(list ? "tbody" : "pre");
   let count = parts.length;
   do put(list ?? text, parts.slice(0, --count)); while (count > 1 && !fits());
+  if (list) { // as many on each slide, rather than one row left over
+    count = Math.ceil(parts.length / Math.ceil(parts.length / count));
+    put(list, parts.slice(0, count));
+  }
   if (matches(block, "ol")) rest.start = block.start + count;
   put(restList, parts.slice(count));
   return rest;
@@ -117,6 +121,9 @@ function paginate(section) {
   const heading = section.querySelector("h1, h2")?.textContent.replace("¶", "") ?? lastHeading;
   lastHeading = heading;
   section.replaceChildren();
+  if (!isHeading(cells.flatMap((cell) => cell.blocks)[0])) {
+    section.append(element("p", "continued", [heading]));
+  }
   let page = section;
   const full = () => page.scrollHeight > HEIGHT + ABOVE + BELOW;
   const empty = () => !page.querySelector(":scope > :not(.continued)");
