@@ -244,7 +244,7 @@ lab.claim("long and then short: a way between any two patches", (short @ long > 
 #
 # **Take out your bets.** Then add two: (d) how many of the fifteen are ahead of "none" by more than both spreads? (e) Does a mechanism's own map point better than Grad-CAM of the same network?
 
-# %% slideshow={"slide_type": "subslide"}
+# %% slideshow={"slide_type": "fragment"}
 capstone = lab.results.load("11_capstone.mechanisms")
 ch11.overview(
     capstone, "ten networks on one trunk are tied, and no map points as well as color contrast"
