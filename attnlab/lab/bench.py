@@ -25,7 +25,7 @@ from attnlab.lab.bench_rows import ROWS, Row
 from attnlab.lab.files import repo_root, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TURNS = {"least": 3, "budget": 0.7, "row": 0.05}  # of a row, size and mode
+TURNS = {"least": 5, "budget": 1.2, "row": 0.05}  # of a row, size and mode
 COMPARED = ("explicit", "auto")  # in memory
 QUICK = {"least": 2}
 

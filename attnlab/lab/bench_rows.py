@@ -57,9 +57,12 @@ BY_QUERY = ROOM | {"blocks": 4096}  # a block a query: 49 copies of each key
 _block = partial(Row, bare=False)
 _model = partial(Row, sizes=PX, backward=False)
 
+_CHECKS = "ours checks its input and asks its probe, in Python: some microseconds a layer"
+_IN_PLACE = "theirs adds and rectifies in place, where ours keeps what a probe may see"
+
 ROWS = {  # what --only takes: the row
     "attention": Row(c.attention, SIZES, ("explicit", "blockwise", "fused", "auto"), theory=2),
-    "multi-head": _block(c.multi_head, SIZES, OURS, ("timm", "torch"), theory=2),
+    "multi-head": _block(c.multi_head, SIZES, OURS, ("timm", "torch"), theory=2, why=_CHECKS),
     "non-local": Row(c.non_local_operator, SIZES, OURS, theory=2),
     "non-local-block": _block(c.non_local_block, SIZES, OURS, ("timm",), theory=2),
     "se": Row(c.squeeze_excite, LINEAR, peers=("timm",), theory=1),
@@ -100,10 +103,10 @@ ROWS = {  # what --only takes: the row
         c.superpixels, LINEAR[1:], peers=("scikit-image",), theory=1, backward=False, same=False,
         why="theirs is compiled C for one image on a CPU; ours is batched, on any device",
     ),
-    "deit_tiny": _model(c.deit, forms=TWO, peers=("timm",)),
-    "resnet50": _model(c.resnet, peers=("torchvision",)),
-    "se_resnet50": _model(c.se_resnet, peers=("timm",)),
-    "sknet50": _model(c.sk_resnet, forms=TWO, peers=("timm",)),
+    "deit_tiny": _model(c.deit, forms=TWO, peers=("timm",), why=_CHECKS),
+    "resnet50": _model(c.resnet, peers=("torchvision",), why=_IN_PLACE),
+    "se_resnet50": _model(c.se_resnet, peers=("timm",), why=_IN_PLACE),
+    "sknet50": _model(c.sk_resnet, forms=TWO, peers=("timm",), why=_IN_PLACE),
     "cbam_resnet50": _model(c.cbam_resnet, forms=TWO, peers=("timm",)),
     "patchconvnet_s60": _model(partial(c.model, patchconvnet_s60), forms=TWO),
     "dependencyvit_tiny": _model(partial(c.model, dependencyvit_tiny), forms=TWO),
