@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results.add_argument(
         "--confirm",
         action="store_true",
-        help="keep stale tables whose first seed gives the same numbers again",
+        help="of stale tables, run the first seed, and all seeds of the rows that changed alone",
     )
     grade = commands.add_parser("grade", help="grade a folder of learners' notebooks or scripts")
     grade.add_argument("folder", type=Path, help="each .ipynb and .py below it is a submission")

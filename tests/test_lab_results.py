@@ -185,22 +185,39 @@ def test_a_stale_table_is_kept_where_its_first_seed_is_the_same(chapter, capsys)
     kept = results.run("99_test.coin", progress=False)
     rewrite(chapter, "if rows is None or row in rows}", "if rows is None or row in set(rows)}")
     assert results.main(["99_test.coin"], confirming=True) == 0
-    assert "99_test.coin: same" in capsys.readouterr().out
-    assert results.status("99_test.coin") == "current"
+    assert "99_test.coin: current, the same numbers" in capsys.readouterr().out
     found = results.load("99_test.coin")
     assert found.pop("code_sha256") != kept.pop("code_sha256")
     assert found == kept
-    assert sys.modules["attnlab.lab.experiments.ch99"].CALLS == [("coin", 0)]  # and no other seed
+    assert calls() == [("coin", 0)]  # and no other seed
 
 
-def test_a_stale_table_with_other_numbers_stays_stale(chapter, capsys):
-    kept = results.run("99_test.coin", progress=False)
+def test_of_a_stale_table_the_rows_that_changed_are_run_for_every_seed(chapter, capsys):
+    results.run("99_test.coin", progress=False)
     rewrite(chapter, "0.5", "0.4")
-    assert results.main(confirming=True) == 1
+    assert results.main(confirming=True) == 0
     out = capsys.readouterr().out
-    assert "99_test.coin: other numbers\n  fair, heads: 0.5 → 0.4\n" in out
-    assert results.status("99_test.coin") == "stale"
-    assert results.load("99_test.coin") == kept
+    assert "99_test.coin: current, other numbers:\n  fair, heads: 0.5 → 0.4\n" in out
+    assert calls() == [("coin", seed) for seed in (0, 0, 1, 2)]
+    confirmed = results.load("99_test.coin")
+    (chapter.parent / "results/99_test.coin.json").unlink()
+    anew = results.run("99_test.coin", progress=False)
+    assert {**confirmed, "seconds": 0} == {**anew, "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (("1 / 6", "1 / 5"), "die"),  # takes no rows
+        (('"tosses": 10}', '"tosses": 10 if rows else 11}'), "coin"),  # another number alone
+    ],
+)
+def test_a_stale_table_whose_rows_do_not_stand_alone_stays_stale(chapter, capsys, change, name):
+    kept = results.run(f"99_test.{name}", progress=False)
+    rewrite(chapter, *change)
+    assert results.main(confirming=True) == 1
+    assert f"99_test.{name}: stale, other numbers:" in capsys.readouterr().out
+    assert results.load(f"99_test.{name}") == kept
 
 
 def test_bad_arguments_and_numbers_are_named(chapter, tmp_path):
