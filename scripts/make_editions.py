@@ -4,9 +4,9 @@
     python scripts/make_editions.py --execute        run all chapters of both as well (minutes)
     python scripts/make_editions.py --execute 01 09  run these
 
-attnlab-student.zip is the repository without tests, sources and teacher's notes, and without one
-solution: where the exercises were, the library has what a check needs, as numbers. A cell that is
-an exercise holds the stub.
+attnlab-student.zip is the repository without tests, sources and teacher's notes, with a README of
+its own, and without one solution: where the exercises were, the library has what a check needs, as
+numbers. A cell that is an exercise holds the stub.
 
 attnlab-teacher.zip is the repository with the exercises solved in the chapters, and the teacher's
 notes of each chapter (goals, timing, questions with answers) as a page of its own in notes/.
@@ -35,10 +35,11 @@ from attnlab.lab.grading_cells import read_statements
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = ROOT / "chapters"
+ABOUT = ROOT / "docs" / "handout"  # what each edition says of itself
 EXERCISES = "attnlab/lab/exercises"
 # What a learner does not need, and what would tell.
 NOT_FOR_STUDENTS = re.compile(
-    rf"tests/|benchmarks/|\.ci/|chapters/source/|chapters/conftest\.py|{EXERCISES}/ch\d"
+    rf"tests/|benchmarks/|docs/handout/|\.ci/|chapters/source/|chapters/conftest\.py|{EXERCISES}/ch\d"
 )
 
 
@@ -95,6 +96,7 @@ def student() -> Iterator[tuple[str, bytes]]:
             yield name, (ROOT / name).read_bytes()
     overview = (CHAPTERS / "README.md").read_text(encoding="utf-8")
     yield "chapters/README.md", overview.partition("## For teachers")[0].encode()
+    yield "README.md", (ABOUT / "student.md").read_bytes()
     with TemporaryDirectory() as folder:
         recorded = Path(folder) / "exercises.safetensors"
         record(list(catalogue().values()), recorded)
@@ -105,6 +107,7 @@ def teacher() -> Iterator[tuple[str, bytes]]:
     """Every file of the teacher's edition."""
     for name in files():
         yield name, (ROOT / name).read_bytes()
+    yield "notes/README.md", (ABOUT / "teacher.md").read_bytes()
     notes = teachers_notes()
     for path in chapters():
         yield f"chapters/{path.name}", builder.serialize(solved(builder.read_notebook(path)))

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import io
 import json
+import re
 import sys
 import textwrap
 import zipfile
@@ -111,6 +112,23 @@ def test_a_student_gets_what_is_needed_to_start(student):
         assert (student / name).is_file(), name
     for name in ("tests", "benchmarks", "chapters/source", "notes"):
         assert not (student / name).exists(), name
+
+
+def test_each_edition_says_what_it_is_and_no_link_in_it_is_broken(student, teacher, tmp_path):
+    teacher.extractall(tmp_path)
+    for folder, first, title in (
+        (student, "README.md", "# attnlab, the class's edition\n"),
+        (tmp_path / "attnlab", "notes/README.md", "# attnlab, the teacher's edition\n"),
+    ):
+        assert (folder / first).read_text(encoding="utf-8").startswith(title)
+        for page in [*folder.rglob("*.md"), *folder.glob("chapters/*.ipynb")]:
+            text = page.read_text(encoding="utf-8")
+            if page.suffix == ".ipynb":
+                cells = json.loads(text)["cells"]
+                prose = (cell["source"] for cell in cells if cell["cell_type"] == "markdown")
+                text = "\n".join(map("".join, prose))
+            for link in re.findall(r"\]\(([^)#\s:]+)[)#]", text):
+                assert (page.parent / link).exists(), f"{page.relative_to(folder)}: {link}"
 
 
 def text_of(path: Path) -> str:
