@@ -543,13 +543,13 @@ lab.claim("OCNet: purity more than doubles", purity["OCNet"][1] / purity["OCNet"
 lab.claim("DANet: it does not grow", purity["DANet"][1] - purity["DANet"][0], below=0)
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
-# **Mostly a null result.** PAM and CAM are ahead of the plain head by 0.010 to 0.016 in each of the
-# three seeds, DANet and OCNet in two of three; all of it is of the size of the spread over seeds (0.013
-# to 0.021). DANet pays for it with 40 % more parameters and a third more MACs. The oracle shows that
+# **Mostly a null result.** PAM and CAM are ahead of the plain head by 0.010 to 0.017 in each of the
+# three seeds, DANet in two of three, OCNet in one; all of it is of the size of the spread over seeds
+# (0.013 to 0.021). DANet pays for it with 40 % more parameters and a third more MACs. The oracle shows that
 # there was something to win: 0.06 more mIoU, at the cost of OCNet (though its weights also carry the
 # true outlines, which no learned relation is given).
 #
-# Nor does purity predict mIoU: OCNet's attention ends up purest, 0.45, and gains least; DANet's
+# Nor does purity predict mIoU: OCNet's attention ends up purest, 0.47, and gains nothing; DANet's
 # stays near what the share of the area gives, 0.14. Two things on 8×8 positions and 400 steps are
 # not Cityscapes; what this table does *not* say is that context is useless.
 
@@ -978,7 +978,7 @@ lab.claim("but so it does from a dense model that is merely worse",
 # | position attention, no $1/\sqrt d$, starts as the identity | official code | exact, section 4 | none |
 # | channel attention is softmax(E) | DANet, section 3.3 | the official code computes softmax(−E), section 5 | paper and code disagree |
 # | DANet, ResNet-101, Cityscapes val, single scale: 79.93 mIoU | DANet repository's README | not trained here | ResNet-101 and crops of 768 pixels; here a tiny ResNet and 64-pixel scenes |
-# | non-local, DANet, ISANet, ResNet-101, 512×1024, 80k steps: 78.93, 80.41, 80.32 | mmsegmentation's READMEs | FCN 0.290, PAM 0.301, DANet 0.296, OCNet 0.291, spreads 0.013 to 0.021: no order | one recipe, one backbone; one run each: the last two differ by 0.09, far less than two runs of one network (last row) |
+# | non-local, DANet, ISANet, ResNet-101, 512×1024, 80k steps: 78.93, 80.41, 80.32 | mmsegmentation's READMEs | FCN 0.290, PAM 0.301, DANet 0.296, OCNet 0.288, spreads 0.013 to 0.021: no order | one recipe, one backbone; one run each: the last two differ by 0.09, far less than two runs of one network (last row) |
 # | sparse attention is more robust | said in surveys | not borne out, section 13 | the sparse models are also less accurate; small, three seeds |
 # | two identical runs of base-OC: 79.3 and 79.8 val | OCNet repository's README | a spread over three seeds stands beside every number | such gaps are no evidence |
 
