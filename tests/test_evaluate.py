@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from test_lab_adapters import GREEN, RED, save_image
 
 from attnlab import cli, models
-from attnlab.lab import checkpoints, data, evaluate, imagenet
+from attnlab.lab import checkpoints, data, evaluate, imagenet, video_tasks
+from attnlab.lab import pixel_classifier as pixels
 from attnlab.lab.run_folder import RunFolder
 from attnlab.lab.trained import open_trained, where_it_looks
 
@@ -38,10 +39,10 @@ def few(monkeypatch):
     monkeypatch.setattr(data, "load", load)
 
 
-def train(model: str, name: str, run_dir: Path) -> None:
+def train(model: str, name: str, run_dir: Path, *more: str) -> None:
     """Two steps."""
     words = f"train {model} --data {name} --epochs 1 --batch-size 8 --warmup-epochs 0 --device cpu"
-    assert cli.main([*words.split(), "--run-dir", str(run_dir)]) == 0
+    assert cli.main([*words.split(), "--run-dir", str(run_dir), *more]) == 0
 
 
 @pytest.mark.parametrize("name", ["parts", "scenes"])
@@ -93,6 +94,52 @@ def test_a_stopped_training_goes_on_and_is_measured(
     assert ("told apart" in found["metrics"]) == ((model, name) == ("patchconvnet_mini", "scenes"))
     assert ("attachment" in found["metrics"]) == ((model, name) == ("dependencyvit_mini", "parts"))
     assert json.loads((stopped / "metrics.json").read_text()) == last, "what training wrote stays"
+
+
+@pytest.mark.parametrize(("model", "name"), [
+    *((model, "scenes") for model in MINIS), *((model, "clips") for model in MINIS),
+    ("vit_mini", "parts"), ("test_resnet", "clips"),
+])  # fmt: skip
+def test_pixels_are_learned_measured_and_drawn(model, name, few, tmp_path, capsys):
+    """Of every small model, and of one of timm's; what training says is what evaluation says."""
+    run = tmp_path / "run"
+    train(model, name, run, "--task", "masks")
+    before = load_file(run / "model.safetensors")
+    (run / "model.safetensors").unlink()
+    train(model, name, run, "--task", "masks")
+    after = load_file(run / "model.safetensors")
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    last = json.loads((run / "metrics.json").read_text())
+    assert 0 < last["mIoU"] < 1
+
+    words = ["evaluate", str(run), "--device", "cpu"]
+    assert cli.main([*words, "--split", "val"]) == 0
+    found = json.loads((run / "metrics-val.json").read_text())["metrics"]
+    assert found == {"val mIoU": last["mIoU"]}
+    assert cli.main(words) == 0
+    found = json.loads((run / f"metrics-{name}.json").read_text())["metrics"]
+    splits = ("test_scenes", "test_unseen") if name == "scenes" else ("test",)
+    assert list(found) == [f"{split} mIoU" for split in splits]
+
+    capsys.readouterr()
+    out = tmp_path / "seen.png"
+    drawn = ["predict", "dogs", "--model", str(run), "--out", str(out), "--device", "cpu"]
+    assert cli.main(drawn) == 0
+    assert " of the pixels" in capsys.readouterr().out
+    assert out.stat().st_size > 20_000
+
+
+def test_the_loss_of_clips_is_that_of_a_frame_drawn_for_the_batch():
+    batch = video_tasks.load_clips("val", 4).batch(range(4))
+    network = pixels.pixel_classifier("resnet_mini", 9, width=4).eval()
+    with torch.no_grad():
+        torch.manual_seed(3)
+        found = pixels.loss(network, batch)
+        torch.manual_seed(3)
+        frame = video_tasks.frame_at(batch, int(torch.randint(8, ())))
+        shares = network(frame["image"]).log_softmax(1)
+        expected = -shares.gather(1, frame["classes"][:, None]).mean()
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("words", "tolerance"), [

@@ -273,6 +273,9 @@ def test_the_command_trains_on_bundled_data(tmp_path, monkeypatch, capsys):
     ("vit_mini --data imagenet", "--root=None: expected the folder with train/ and val/"),
     ("vit_mini --data imagenet --root nowhere --batch-size 2", "imagenet: no train in nowhere"),
     ("vit_mini --data parts --mixup 1", "--data='parts': expected imagenet, with ['mixup']"),
+    ("vit_mini --data clips --task classes", "--task='classes': expected one of ('masks',) with"),
+    ("vit_mini --data imagenet --task masks", "--task='masks': expected one of ('classes',) with"),
+    ("vit_mini --data parts --img-size 0", "img_size=0: expected an integer ≥ 1"),
     ("vit_mini --data parts --option depth", "expected NAME=VALUE, got 'depth'"),
     ("vit_mini --data parts --epochs 0", "epochs=0: expected an integer ≥ 1"),
     ("vit_minimal --data parts", "model='vit_minimal': expected a name that timm knows, such as"),
@@ -280,7 +283,7 @@ def test_the_command_trains_on_bundled_data(tmp_path, monkeypatch, capsys):
     ("vit_mini --data parts --img-size 60", "img_size=60: vit_mini cannot read such images (image"),
     ("vit_tiny_patch16_224 --data parts --option depth=1", "--option img_size=64"),
     ("vit_mini --data parts --run-dir file", "Not a directory: 'file/"),
-    ("vit_mini --data parts --epochs 2 --warmup-epochs 2", "warmup=1.0: expected a number in"),
+    ("vit_mini --data parts --epochs 2 --warmup-epochs 2", "warmup_epochs=2: expected less than"),
 ])  # fmt: skip
 def test_the_command_says_what_is_wrong(words, message, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(train_command.data, "load", partial(data.load, n=4))
@@ -290,7 +293,7 @@ def test_the_command_says_what_is_wrong(words, message, capsys, monkeypatch, tmp
         train_command.main(words.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
-    assert not Path("runs").exists() or "warmup" in words, "nothing is written"
+    assert not Path("runs").exists(), "nothing is written"
 
 
 def test_option_values_are_literals_or_text():

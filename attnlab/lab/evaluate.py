@@ -8,7 +8,7 @@ segmenters by mean IoU, flow by its error.
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from attnlab.lab.data.adapters import SETS
 from attnlab.lab.data.adapters.reading import Place
 from attnlab.lab.experiments import ch07, ch08, ch09, ch10
 from attnlab.lab.files import write_json
+from attnlab.lab.pixel_classifier import PixelClassifier, mean_iou, samples
 from attnlab.lab.trained import Trained, open_trained, where_it_looks
 from attnlab.lab.video_models import SegmentationHead
 from attnlab.patchconvnet import PatchConvNet
@@ -136,13 +137,15 @@ def pictures(trained: Trained, split: str | None, n: int | None) -> Measures:
             "superpixels": partial(ch10.oracle, ch10.associated(model), test, device),
         }
     require(known in SPLITS, "data", known, f"one of {[*SPLITS, 'clips', 'imagenet']}")
+    if isinstance(model, PixelClassifier):
+        return pixels(trained, [split] if split else SPLITS[known].values(), n)
     with torch.no_grad():
         scores = model(torch.zeros(1, 3, *trained.size, device=device))
     shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
     require(shape[:1] == (1,) and len(shape) == 2, "model's output", shape, "(1, classes)")
 
     splits = {f"{split} accuracy": split} if split else SPLITS[known]
-    n = n or (PARTS_TESTED if known == "parts" else None)
+    n = n or (PARTS_TESTED if known == "parts" and split is None else None)
     tests = {
         name: data.load(known, part, n, trained.size, **trained.options)
         for name, part in splits.items()
@@ -187,8 +190,20 @@ def localization(trained: Trained, test: data.Samples) -> dict[str, float]:
     return {name: torch.cat(parts).mean().item() for name, parts in scores.items()}
 
 
+def pixels(trained: Trained, parts: Iterable[str], n: int | None) -> Measures:
+    """Of a `PixelClassifier`: mean IoU on each split, of the last frames where these are clips."""
+
+    def overlap(part: str) -> dict[str, float]:
+        test, _ = samples(trained.data, part, n, trained.size)
+        return {f"{part} mIoU": mean_iou(trained.model, test)}
+
+    return {part: partial(overlap, part) for part in parts}
+
+
 def clips(trained: Trained, split: str | None, n: int | None) -> Measures:
     """Of a model of clips: what to measure, by name."""
+    if isinstance(trained.model, PixelClassifier):
+        return pixels(trained, [split or "test"], n)
     model, device, n = trained.model, trained.device, n or 128
     if isinstance(model, ch07.ClipModel):
         test = ch07.clips(split or "test", n).to(device)

@@ -34,6 +34,7 @@ from attnlab.lab.experiments.ch07 import FlowBetween
 from attnlab.lab.files import atomic_write
 from attnlab.lab.gradcam import gradcam
 from attnlab.lab.panels import MOST_STRETCHED, Panel, arrange, bars, map_over, show, tinted
+from attnlab.lab.pixel_classifier import PixelClassifier
 from attnlab.lab.superpixel_metrics import boundaries
 from attnlab.lab.trained import Trained, open_trained, where_it_looks
 from attnlab.lab.tree_explorer import draw_tree
@@ -139,6 +140,7 @@ def as_input(picture: Tensor, trained: Trained) -> Tensor:
     that one.
     """
     model, (height, width) = trained.model, picture.shape[1:]
+    model = model.backbone if isinstance(model, PixelClassifier) else model
     size = trained.size
     if not getattr(model, "default_cfg", {}).get("fixed_input_size"):
         shorter, least = min(size), min(height, width)
