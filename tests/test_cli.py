@@ -125,12 +125,15 @@ def test_results_are_delegated(monkeypatch):
     calls = []
     module = types.ModuleType("attnlab.lab.results")
     module.SEEDS = (5, 6)
-    module.main = lambda names, seeds: calls.append((names, seeds)) or 0
+    module.main = lambda *words: calls.append(words) or 0
     monkeypatch.setitem(sys.modules, "attnlab.lab.results", module)
     monkeypatch.setattr("attnlab.lab.results", module, raising=False)
     assert cli.main(["results"]) == 0
     assert cli.main(["results", "01_attention.positions", "--seeds", "3", "4"]) == 0
-    assert calls == [([], (5, 6)), (["01_attention.positions"], [3, 4])]
+    assert cli.main(["results", "--confirm"]) == 0
+    assert calls == [
+        ([], (5, 6), False), (["01_attention.positions"], [3, 4], False), ([], (5, 6), True),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", cli.DELEGATED)
