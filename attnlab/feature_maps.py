@@ -194,6 +194,23 @@ def get_classifier(model: nn.Module) -> nn.Module | tuple[nn.Module, nn.Module]:
     return (model.head, model.head_dist) if hasattr(model, "head_dist") else model.head
 
 
+def group_matcher(model: nn.Module, coarse: bool = False) -> dict:
+    """timm's grouping of parameters by depth, for learning rates that decay with it.
+
+    A block is a group; with `coarse` a stage is, in the models that have stages.
+    """
+    if isinstance(model, ResNet):
+        blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
+        return {"stem": r"^(?:conv1|bn1)\.", "blocks": blocks}
+    with_the_last = (99999,)  # timm's word for the group before
+    if isinstance(model, spformer.SPFormer):
+        inner = [] if coarse else [(r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        outer = [(r"^stages\.(\d+)", None), (r"^between\.(\d+)", with_the_last)]
+        return {"stem": r"^(?:stem|first)\.", "blocks": [*inner, *outer]}
+    blocks = [(r"^blocks\.(\d+)", None), (r"^norm\.", with_the_last)]
+    return {"stem": r"^(?:cls_token|dist_token|pos_embed|patch_embed)", "blocks": blocks}
+
+
 def give_global_pool(model_class: type[nn.Module]) -> None:
     """Give a class of ours timm's `reset_classifier(num_classes, global_pool=None)`.
 

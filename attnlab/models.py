@@ -27,6 +27,7 @@ from attnlab.feature_maps import (
     forward_intermediates,
     get_classifier,
     give_global_pool,
+    group_matcher,
     prune_intermediate_layers,
 )
 from attnlab.patchconvnet import (
@@ -65,6 +66,8 @@ for _model in (VisionTransformer, ResNet, PatchConvNet, DependencyViT, SPFormer)
     give_global_pool(_model)
 for _model in (VisionTransformer, DependencyViT, SPFormer):
     _model.get_classifier = get_classifier
+for _model in (VisionTransformer, ResNet, DependencyViT, SPFormer):
+    _model.group_matcher = group_matcher
 
 default_cfgs: dict[str, dict] = {}  # where `register_model` looks
 # What timm's loaders give to a model: pixels in [0, 1] at the bundled size, or ImageNet's usual.

@@ -6,6 +6,7 @@ import battery
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 
 from attnlab import models
 from attnlab.attention import VisionTransformer, deit_tiny
@@ -241,6 +242,42 @@ def test_a_pooling_of_ones_own_goes_by_its_name():
     expected = "global_pool='avg': expected LogSumExpPool, or '' with num_classes=0"
     battery.check_errors([(lambda: model.reset_classifier(3, "avg"), expected)])
     assert patchconvnet_mini(pool=AveragePool()).reset_classifier(3, "avg") is None
+
+
+def rates(name: str, **options) -> dict[str, float]:
+    """Parameter → its share of the learning rate, which halves from group to group."""
+    with torch.device("meta"):
+        model = timm.create_model(name, **options)
+    groups = create_optimizer_v2(model, "adamw", layer_decay=0.5).param_groups
+    shares = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    return {key: shares[id(p)] for key, p in model.named_parameters() if p.requires_grad}
+
+
+def test_learning_rates_decay_with_depth_as_timms_do():
+    assert rates("deit_tiny") == rates("deit_tiny_patch16_224")
+    assert rates("deit_tiny", distilled=True) == rates("deit_tiny_distilled_patch16_224")
+    ours, theirs = rates("cbam_resnet18"), rates("resnet18")
+    assert {key: ours[key] for key in theirs} == theirs
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_a_block_has_one_learning_rate_and_later_ones_a_higher(name):
+    found, model = rates(name), timm.create_model(name)
+    blocks = [info["module"] for info in model.feature_info if info["module"] != "relu"]
+    each = [{rate for key, rate in found.items() if key.startswith(f"{b}.")} for b in blocks]
+    staged = "resnet" in name  # there, a stage's blocks are groups of their own
+    assert staged or all(len(rate) == 1 for rate in each)
+    assert (order := [max(rate) for rate in each]) == sorted(set(order))
+    assert found[f"{model.default_cfg['classifier']}.weight"] == 1.0 > order[-1]
+    assert found[f"{model.default_cfg['first_conv']}.weight"] == min(found.values()) < order[0]
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_coarse_groups_are_stages(name):
+    model = timm.create_model(name)
+    groups = timm.models.group_parameters(model, model.group_matcher(coarse=True))
+    stages = {"vit_mini": 6, "dependencyvit_mini": 6, "patchconvnet_mini": 1, "spformer_mini": 2}
+    assert len(groups) == 1 + stages.get(name, 4) + 1
 
 
 def test_the_two_classifiers_of_a_distilled_model():
