@@ -162,6 +162,14 @@ def test_every_chapter_module_and_table_has_its_place(pages, site):
     assert "Raises" in described
 
 
+@pytest.mark.parametrize("path", make_site.chapters(), ids=lambda path: path.stem)
+def test_a_table_that_code_made_is_a_table(path, pages):
+    outputs = [output for cell in make_site.read(path).cells for output in cell.get("outputs", [])]
+    made = ["".join(o.get("data", {}).get("text/markdown", "")) for o in outputs]
+    shown = pages[f"chapters/{path.stem}"].select(".cell_output table:has(th)")
+    assert len(shown) >= sum("| ---" in text for text in made)
+
+
 def test_nothing_comes_from_another_machine(pages, site):
     for name, page in pages.items():
         for tag in page.find_all(["script", "link", "img", "iframe", "source"]):

@@ -13,6 +13,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext
 # The outputs that the notebooks hold; nothing runs.
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"  # in outputs; the default knows no tables
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 4
 
