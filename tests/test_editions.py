@@ -122,6 +122,8 @@ def test_each_edition_says_what_it_is_and_no_link_in_it_is_broken(student, teach
     ):
         assert (folder / first).read_text(encoding="utf-8").startswith(title)
         for page in [*folder.rglob("*.md"), *folder.glob("chapters/*.ipynb")]:
+            if page.parent.name == "handout":  # its links hold where it is laid
+                continue
             text = page.read_text(encoding="utf-8")
             if page.suffix == ".ipynb":
                 cells = json.loads(text)["cells"]
