@@ -22,6 +22,7 @@ from attnlab.official import renaming
 from attnlab.probe import Probe
 
 IMPLS = ("auto", "explicit", "fused", "collapsed")
+SAVING = 0.9  # of the multiply-adds, below which "auto" collapses; benchmarks/patchconvnet.py
 
 # timm's `LayerScaleBlockClassAttn`, the class attention of CaiT, which has one vector outside.
 CLASS_ATTENTION = {"attn.": "", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
@@ -67,8 +68,8 @@ class AttentionPool(nn.Module):
         proj_drop: dropout of o and in the feed-forward network.
         impl: "explicit" projects every place and materialises a; "fused" is PyTorch's kernel;
             "collapsed" projects queries and means instead of places (values of places where there
-            are more queries than places); "auto" is the one with the fewest multiply-adds. All
-            are equal.
+            are more queries than places); "auto" is "collapsed" where that saves a tenth of the
+            multiply-adds, else "explicit". All are equal.
 
     State dicts of timm's `LayerScaleBlockClassAttn` load, but for `cls_token`.
 
@@ -167,7 +168,7 @@ class AttentionPool(nn.Module):
         if impl == "auto":
             keys = z.shape[1] + self.cls_in_keys * c.shape[1]
             written, collapsed = collapsed_macs(len(z), self.dim, c.shape[1], keys, self.num_heads)
-            impl = "collapsed" if collapsed < written else "auto"  # of explicit and fused
+            impl = "collapsed" if collapsed < SAVING * written else "explicit"
         if impl == "collapsed":
             return self._collapsed(c, z)
         if self.cls_in_keys:

@@ -151,7 +151,7 @@ def macs(pool, *shape) -> int:
     (1, 384, 1, 14), (16, 384, 1, 14), (2, 2048, 1, 7), (1, 64, 300, 8), (16, 64, 300, 8),
     (4, 384, 1000, 14),
 ])  # fmt: skip
-def test_multiply_adds_are_the_closed_forms_and_auto_takes_the_fewest(batch, dim, queries, side):
+def test_multiply_adds_are_the_closed_forms_and_auto_saves_a_tenth(batch, dim, queries, side):
     counted = {}
     with torch.device("meta"):
         for impl in IMPLS:
@@ -163,7 +163,7 @@ def test_multiply_adds_are_the_closed_forms_and_auto_takes_the_fewest(batch, dim
     assert counted["explicit"] == counted["fused"] == rest + written
     # What the class vectors cost once and not for each image, and the bias of the keys.
     assert counted["collapsed"] == pytest.approx(rest + collapsed, rel=0.01)
-    assert counted["auto"] == min(counted.values())
+    assert counted["auto"] == counted["collapsed" if collapsed < 0.9 * written else "explicit"]
 
 
 def test_collapsing_saves_what_the_spec_says():
