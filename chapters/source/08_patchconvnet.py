@@ -19,7 +19,7 @@
 #
 # | | |
 # |---|---|
-# | to read | 60 minutes, exercises another 45 |
+# | to read | 60 minutes, exercises another 35 |
 # | to run | about 60 seconds on two CPU cores |
 # | you need | chapters 01 (attention) and 03 (squeeze-and-excitation), a convolution; Grad-CAM of chapter 04 helps |
 # | paper | Touvron et al. 2021, *Augmenting convolutional networks with attention-based aggregation*, arXiv 2112.13692 |

@@ -18,7 +18,7 @@
 #
 # | | |
 # |---|---|
-# | to read | 60 minutes, exercises another 60 |
+# | to read | 60 minutes, exercises another 65 |
 # | to run | about 50 seconds on two CPU cores |
 # | you need | chapter 01 (attention, the small ViT) |
 # | paper | Ding et al. 2023, *Visual dependency transformers: dependency tree emerges from reversed attention* |

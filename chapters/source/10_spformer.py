@@ -19,7 +19,7 @@
 #
 # | | |
 # |---|---|
-# | to read | 60 minutes, exercises another 45 |
+# | to read | 60 minutes, exercises another 40 |
 # | to run | about a minute and a half on two CPU cores |
 # | you need | chapter 01 (attention, patches as tokens) |
 # | paper | Mei, Chen, Yuille, Xie 2024, *SPFormer: enhancing vision transformer with superpixel representation*, arXiv 2401.02931 |

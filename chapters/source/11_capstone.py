@@ -315,10 +315,15 @@ lab.claim("but 0.15 or more to DependencyViT and to none",
 
 # %% [markdown] slideshow={"slide_type": "fragment"}
 # (a), (d): **Nobody is ahead.** Ten networks share one convolutional trunk; what was built into nine of them changed the accuracy by less than both spreads together; a lead of 0.03 would not show here (selective kernels have 0.033). The six that are behind are those that bring a
-# trunk of their own. (Object context and criss-cross lead in each of three seeds, by 0.01 to 0.02: among nine equals, somebody will. Object context did not at first: then `auto` began to take another form of it, equal but for rounding, and the same seed went from 0.431 to 0.453; both tables are in the history of `results/`.) (b), (c): The network that points best is DependencyViT's, and it is among the six. Pointing needs its control too: an untrained ViT points at the thing without knowing anything (a likely reason: things are where a picture
-# changes), and training adds little (0.44 at 150 steps, with its accuracy at chance, and 0.40 at 600); to DependencyViT it adds much. (e) In 7 of 11 the mean says yes, by more than both spreads in 3 (criss-cross, attention pooling, PatchConvNet), and never no by as much; and still no highest point, asked either way, beats that of a
-# baseline that has seen no label. (By the share of the map inside the thing, the table's *energy*, several do: DependencyViT's own has 0.49, color contrast 0.24.) Under noise the order is
-# another one again: attention pooling, tied with "none" on clean pictures, is ahead of it by more than both spreads, and so are PatchConvNet and DependencyViT, which are behind it on clean ones (which part of it protects, the table does not say).
+# trunk of their own. (Object context and criss-cross lead in each of three seeds, by 0.01 to 0.02: among nine equals, somebody will. Object context did not at first: then `auto` began to take another form of it, equal but for rounding, and the same seed went from 0.431 to 0.453; both tables are in the history of `results/`.)
+#
+# (b), (c): The network that points best is DependencyViT's, and it is among the six. Pointing needs its control too: an untrained ViT points at the thing without knowing anything (a likely reason: things are where a picture
+# changes), and training adds little (0.44 at 150 steps, with its accuracy at chance, and 0.40 at 600); to DependencyViT it adds much.
+#
+# (e) In 7 of 11 the mean says yes, by more than both spreads in 3 (criss-cross, attention pooling, PatchConvNet), and never no by as much; and still no highest point, asked either way, beats that of a
+# baseline that has seen no label. (By the share of the map inside the thing, the table's *energy*, several do: DependencyViT's own has 0.49, color contrast 0.24.)
+#
+# Under noise the order is another one again: attention pooling, tied with "none" on clean pictures, is ahead of it by more than both spreads, and so are PatchConvNet and DependencyViT, which are behind it on clean ones (which part of it protects, the table does not say).
 #
 # **What this does not say.** It does not say that attention is useless. This task, *name the one thing*, asks for nothing that the small ResNet lacks: no far places to compare, no fact to carry, no map to show. (Section 8 collects tasks
 # that do.) Nor does it say that transformers are worse: 600 steps are 19,200 pictures, and they probably have to learn first what a convolution has from birth. And the learning rates were not searched for each row (project 2).
