@@ -5,12 +5,13 @@ import importlib.util
 import inspect
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
-from attnlab.lab.exercises import catalogue, check, hint, judge, solution
+from attnlab.lab.exercises import catalogue, check, framework, hint, judge, solution
 from attnlab.lab.exercises.framework import difference, show
 
 ALL = list(catalogue().values())
@@ -356,3 +357,21 @@ def test_numbers_are_written_with_four_digits():
     assert show(torch.zeros(2, 5)) == "float32 (2, 5)"
     assert show(torch.tensor(2)) == "int64 (): 2"
     assert show([torch.zeros(3, 9)] * 4) == "list of 4: float32 (3, 9)"
+
+
+def test_no_two_threads_parse_an_exercise_at_once(monkeypatch):
+    inside, most = [], []
+    parse = framework.ast.parse
+
+    def slow(source):
+        inside.append(source)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return parse(source)
+
+    with monkeypatch.context() as patched, ThreadPoolExecutor(4) as pool:
+        patched.setattr(framework.ast, "parse", slow)
+        found = list(pool.map(lambda exercise: exercise.imports, ALL[:4]))
+    assert max(most) == 1
+    assert all(line.startswith(("import ", "from ")) for lines in found for line in lines)
