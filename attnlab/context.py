@@ -30,9 +30,8 @@ from attnlab.probe import Probe
 CHANNEL_MODES = ("code", "paper", "cosine")
 LEAKY = partial(nn.LeakyReLU, 0.01)  # after a BatchNorm, what OCNet's code calls ABN
 FUSED_WIDTH = 64  # the least width at which the fused form cuts wider values into heads
-# "auto" on a CPU: the scores from which on it takes the fused form. Of a whole batch, where values
-# are as wide as queries; of an image, N², where they are wider: the fused form is the slower one
-# there, but needs no room for the scores. 4,096 positions, 64 MiB.
+# "auto" on a CPU is fused from these scores on: of a batch where values are as wide as queries; of
+# an image, N², where they are wider: there fused is slower, but needs no room for them (64 MiB).
 CPU_FUSED_FROM = {"equal": 2**19, "wider": 2**24}
 
 
@@ -45,15 +44,10 @@ def position_attention(
     queries and keys, and zeros fill what is too narrow. Both are exact.
 
     Args:
-        q, k: `(B, d, H, W)`.
-        v: `(B, dv, H, W)`.
+        q, k, v: `(B, d, H, W)`, the same, and `(B, dv, H, W)`.
         impl: as in `attnlab.attention.scaled_dot_product_attention`.
 
-    Returns:
-        `(B, dv, H, W)`.
-
-    Raises:
-        ValueError: unknown `impl`, or shapes that do not fit.
+    Returns `(B, dv, H, W)`. Raises `ValueError` for an unknown `impl` and shapes that do not fit.
     """
     check_impl(impl)
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -146,8 +140,7 @@ def channel_weights(x: Tensor, mode: str = "code", temperature: float = 0.1) -> 
             softmax(cos / temperature) between channels, an extension that does not saturate.
         temperature: of "cosine".
 
-    Raises:
-        ValueError: an unknown `mode`; a `temperature` that is not positive.
+    Raises `ValueError` for an unknown `mode` and a `temperature` that is not positive.
     """
     rows, scale = _channel_rows(x, mode, temperature)
     with _full_precision(x):
@@ -376,10 +369,9 @@ class ObjectContext(nn.Module):
 
 
 class BaseObjectContext(nn.Module):
-    """Base-OC: [context, X] fused by a 1×1 convolution; 920,576 parameters for 512 channels.
+    """Base-OC (OCNet v1): [context, X] fused by a 1×1 convolution; 920,576 parameters for C = 512.
 
-    `(B, channels, H, W)` → `(B, out_channels, H, W)`; `out_channels` is `channels` by default.
-    `options` are `ObjectContext`'s (OCNet v1).
+    `(B, channels, H, W)` → `(B, out_channels or channels, H, W)`; `options`: `ObjectContext`'s.
     """
 
     def __init__(
@@ -401,9 +393,8 @@ class PyramidObjectContext(nn.Module):
 
     `(B, channels, H, W)` → `(B, out_channels, H, W)`. Each cut has weights of its own and a context
     of C channels; X is lifted to as many as all of them, and all are fused (OCNet v1).
-    5,782,016 parameters for 512 channels. `options` are `ObjectContext`'s.
-
-    Raises `ValueError` for a map that is smaller than the largest of `regions`.
+    5,782,016 parameters for 512 channels. `options` are `ObjectContext`'s. Raises `ValueError` for
+    a map that is smaller than the largest of `regions`.
     """
 
     def __init__(
